@@ -1,0 +1,35 @@
+"""simulator: EdgeForge's own integer evaluator, under the target's rounding rules. The reference for every artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from edgeforge.backends import Artifact, Codes
+from edgeforge.errors import Reason
+from edgeforge.ir.graph import Graph
+from edgeforge.quantize.convert import with_profile
+from edgeforge.sim.evaluate import simulate
+from edgeforge.target import Target
+
+
+class Simulator:
+    name = "simulator"
+    numerics = ""
+    summary = "EdgeForge's bit-exact evaluator"
+
+    def missing(self) -> str:
+        return ""
+
+    def refusals(self, graph: Graph, target: Target) -> list[Reason]:
+        return []
+
+    def compile(self, graph: Graph, target: Target, folder: Path) -> Artifact:
+        return Artifact(files=(), notes=(f"rounding rules of {target.numerics}; runs the bundle's integer graph",))
+
+    def run(self, folder: Path, graph: Graph, target: Target, feeds: Codes) -> dict[str, np.ndarray]:
+        return simulate(with_profile(graph, target.numerics), feeds)
+
+
+BACKEND = Simulator()

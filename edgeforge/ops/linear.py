@@ -1,0 +1,40 @@
+"""linear: y = requant((x - zx) @ w.T + b), weights [O, I] per output channel, x [..., I]."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from edgeforge.ir.fixed import expand_blocks
+from edgeforge.ir.graph import NodeView
+from edgeforge.ir.op import ACT, BIAS, WEIGHT, Cost, Op, Port, register
+
+
+def infer(n: NodeView) -> tuple[int, ...]:
+    depth, (out, inner) = n.shape(0)[-1], n.shape(1)
+    n.require(depth == inner, f"input has {depth} features, weights take {inner}")
+    return (*n.shape(0)[:-1], out)
+
+
+def integer(k: Any, n: NodeView, x: np.ndarray, w: np.ndarray, b: np.ndarray | None = None) -> np.ndarray:
+    w = expand_blocks(n.q(1), w)
+    return k.dot(n, x, w, w.sum(1, dtype=np.int64), b, lambda part: k.matmul(part, w.T))
+
+
+def cost(n: NodeView) -> Cost:
+    weights = sum(n.type(i).nbytes for i in range(1, n.arity))
+    return Cost(n.out.size * n.shape(1)[1], weights, n.type(0).nbytes, n.out.nbytes)
+
+
+def onnx(g: Any, n: NodeView, x: str, w: str, b: str | None = None) -> str:
+    return g.clamp(n, g.linear(n, x, w, b))
+
+
+def torch(T: Any, n: NodeView, x: Any, w: Any, b: Any = None) -> Any:
+    y = T.nn.functional.linear(x, w, b)
+    return y.clamp(*n["clamp"]) if "clamp" in n.attrs else y
+
+
+PORTS = (Port("x", ACT), Port("w", WEIGHT, const=True), Port("b", BIAS, const=True, optional=True))
+register(Op("linear", PORTS, infer, integer, cost, onnx, torch, numerics="dot", doc=__doc__))

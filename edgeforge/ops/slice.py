@@ -1,0 +1,35 @@
+"""slice: elements ``start:end:step`` along ``axis``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from edgeforge.ir.graph import NodeView
+from edgeforge.ir.op import Op, Port, move_cost, register
+
+def infer(n: NodeView) -> tuple[int, ...]:
+    axis, shape = n["axis"], n.shape(0)
+    length = len(range(shape[axis])[n["start"] : n["end"] : n["step"]])
+    n.require(length > 0, f"slice {n['start']}:{n['end']}:{n['step']} of {shape} along axis {axis} is empty")
+    return (*shape[:axis], length, *shape[axis + 1 :])
+
+
+def window(n: NodeView) -> tuple[slice, ...]:
+    return (*[slice(None)] * n["axis"], slice(n["start"], n["end"], n["step"]))
+
+
+def integer(k: Any, n: NodeView, x: np.ndarray) -> np.ndarray:
+    return x[window(n)]
+
+
+def onnx(g: Any, n: NodeView, x: str) -> str:
+    return g("Slice", x, g.ints([n["start"]]), g.ints([n["end"]]), g.ints([n["axis"]]), g.ints([n["step"]]))
+
+
+def torch(T: Any, n: NodeView, x: Any) -> Any:
+    return x[window(n)]
+
+
+register(Op("slice", (Port("x"),), infer, integer, move_cost, onnx, torch, shared=True, doc=__doc__))

@@ -1,0 +1,110 @@
+"""convert: a float graph and its plan become the integer graph, with codes and rounding constants."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from edgeforge.ir.fixed import channel_scale, rule_of
+from edgeforge.ir.graph import Graph, Node
+from edgeforge.ir.op import ACT, BIAS, INDEX, OPS, WEIGHT
+from edgeforge.ir.types import QParams, TensorType, Value
+from edgeforge.ir.verify import verify
+from edgeforge.quantize.assign import Plan, _data_range, affine
+from edgeforge.quantize.weights import quantize_weight
+
+
+class _Converter:
+    def __init__(self, graph: Graph, plan: Plan, weight_method: str):
+        self.graph, self.plan, self.weight_method = graph, plan, weight_method
+        self.values: dict[str, Value] = {}
+        self.nodes: list[Node] = []
+
+    def run(self) -> Graph:
+        for name in self.graph.inputs:
+            self.define(name)
+        for node in self.graph.nodes:
+            self.define(node.output)
+            inputs: list[str] = []
+            for i in range(len(node.inputs)):
+                inputs.append(self.read(node, i, inputs))
+            self.nodes.append(replace(node, inputs=tuple(inputs)))
+        return self.graph.rebuild(self.nodes, self.values, level="integer")
+
+    def define(self, name: str) -> None:
+        self.values[name] = Value(name, self.plan.types.get(name, self.graph.type(name)))
+
+    def read(self, node: Node, i: int, before: list[str]) -> str:
+        """The name of the quantized value that input ``i`` reads, made if need be."""
+        name, role = node.inputs[i], OPS[node.op].port(i).role
+        value = self.graph.values[name]
+        if role == INDEX:
+            self.values[name] = value
+            return name
+        if role == ACT and not value.const:
+            wanted = self.plan.reads.get((node.output, i))
+            return name if wanted is None else self.requantized(name, wanted, node.source)
+        if role == WEIGHT:
+            precision = self.plan.precision[node.output]
+            block = precision.block if node.op == "linear" else None
+            made = quantize_weight(name, self.data(name), precision.weights, block, self.weight_method)
+        elif role == BIAS:
+            made = self.bias(name, before)
+        else:
+            made = self.constant(node, name)
+        return self.add(made)
+
+    def data(self, name: str) -> np.ndarray:
+        data = self.graph.values[name].data
+        assert data is not None, name
+        return data
+
+    def add(self, made: Value) -> str:
+        """Keep a constant; one name is given to each encoding of it."""
+        known = self.values.get(made.name)
+        if known is not None and known.type != made.type:
+            made = replace(made, name=f"{made.name}.{len(self.values)}")
+        self.values[made.name] = made
+        return made.name
+
+    def bias(self, name: str, before: list[str]) -> Value:
+        x, w = (self.values[b].type.q for b in before[:2])
+        assert x is not None and w is not None
+        q = QParams(np.broadcast_to(x.scale * channel_scale(w).astype(np.float32), self.data(name).shape).copy(), 0, axis=0)
+        return Value(name, TensorType(self.data(name).shape, "i32", q), q.quantize(self.data(name), "i32"))
+
+    def constant(self, node: Node, name: str) -> Value:
+        """A constant operand of an activation op: the encoding of its group, else its own range at the width of the
+        node's output."""
+        kind = self.plan.types.get(name)
+        if kind is None or not OPS[node.op].shared:
+            dtype = self.values[node.output].type.dtype
+            kind = TensorType(self.data(name).shape, dtype, affine(_data_range(self.data(name)), dtype))
+        assert kind.q is not None
+        return Value(name, kind, kind.q.quantize(self.data(name), kind.dtype))
+
+    def requantized(self, name: str, wanted: TensorType, source: str) -> str:
+        assert wanted.q is not None
+        made = f"{name}.{wanted.dtype}z{wanted.q.zero}"
+        if made not in self.values:
+            self.values[made] = Value(made, wanted)
+            self.nodes.append(Node("requantize", (name,), made, {}, source))
+        return made
+
+
+def convert(graph: Graph, plan: Plan, profile: str, weight_method: str = "minmax") -> Graph:
+    """The integer graph under the rounding rules of ``profile`` (a key of fixed.PROFILES)."""
+    return with_profile(_Converter(graph, plan, weight_method).run(), profile)
+
+
+def with_profile(graph: Graph, profile: str) -> Graph:
+    """The same codes and encodings, rounded as another runtime does."""
+    nodes = []
+    for node in graph.nodes:
+        family = OPS[node.op].numerics
+        if family != "move":
+            rule = rule_of(profile, family, graph.type(node.inputs[0]).dtype)
+            node = replace(node, rule=rule.name, fixed=rule.derive(graph.view(node)))
+        nodes.append(node)
+    return verify(graph.rebuild(nodes))

@@ -1,0 +1,41 @@
+"""Symmetric weight quantization: per output channel, or block-wise (LPBQ) with integer block scales."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from edgeforge.errors import InvalidInput
+from edgeforge.ir.fixed import LPBQ_STEPS
+from edgeforge.ir.types import RANGE, QParams, TensorType, Value
+
+
+def quantize_weight(name: str, data: np.ndarray, dtype: str, block: int | None, method: str) -> Value:
+    """Codes of float weights [O, ...]: ``scale = max|w| / 127`` (or / 7) per output channel; with method "mse" the
+    factor in 0.5..1 of that scale with the least squared error, per channel."""
+    if block is not None:
+        return _blockwise(name, data, dtype, block)
+    flat = data.reshape(len(data), -1).astype(np.float64)
+    top = RANGE[dtype][1]
+    widest = np.maximum(np.abs(flat).max(1), 1e-9 * top) / top
+    factors = np.linspace(0.5, 1.0, 51) if method == "mse" else np.ones(1)
+    best, best_error = widest, np.full(len(flat), np.inf)
+    for factor in factors:
+        scale = (widest * factor)[:, None]
+        error = ((np.clip(np.rint(flat / scale), -top, top) * scale - flat) ** 2).sum(1)
+        best, best_error = np.where(error < best_error, scale[:, 0], best), np.minimum(error, best_error)
+    q = QParams(best.astype(np.float32), 0, axis=0)
+    return Value(name, TensorType(data.shape, dtype, q), q.quantize(data, dtype))
+
+
+def _blockwise(name: str, data: np.ndarray, dtype: str, block: int) -> Value:
+    """LPBQ (low-power block quantization, Qualcomm AIMET): 4-bit codes; the scale of a block is an integer 1..16 times
+    a per-channel scale, so that a dot product stays one integer sum per channel."""
+    if data.ndim != 2 or data.shape[1] % block:
+        raise InvalidInput(f"{name}: block-wise weights need [O, I] with I a multiple of {block}, got {data.shape}")
+    top = RANGE[dtype][1]
+    blocks = data.reshape(len(data), -1, block).astype(np.float64)
+    widest = np.maximum(np.abs(blocks).max(2), 1e-9) / top
+    channel = np.float32(widest.max(1) / LPBQ_STEPS)
+    multiplier = np.clip(np.ceil(widest / channel[:, None] - 1e-6), 1, LPBQ_STEPS)
+    q = QParams((multiplier * channel[:, None]).astype(np.float32), 0, axis=0, block=block)
+    return Value(name, TensorType(data.shape, dtype, q), q.quantize(data, dtype))

@@ -1,0 +1,116 @@
+"""The recipe: every choice of a quantization, read from YAML and kept in the bundle."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import AfterValidator, Field
+
+from edgeforge.errors import InvalidInput
+from edgeforge.target import Closed
+
+_PRECISION = re.compile(r"w(?P<weights>[48])a(?P<activations>8|16)(?:-b(?P<block>16|32|64))?$")
+
+Width = Literal["a8", "a16"]
+
+
+class Precision:
+    """``w{8,4}a{8,16}[-b16|32|64]``: weight bits, activation bits, and the block size of block-wise weights."""
+
+    def __init__(self, name: str):
+        match = _PRECISION.match(name)
+        if not match:
+            raise InvalidInput(f"precision {name!r} is not w8a8, w8a16, w4a8, w4a16, or one of these with -b16|32|64")
+        self.name = name
+        self.weights = f"i{match['weights']}"
+        self.activations = f"u{match['activations']}"
+        self.block = int(match["block"]) if match["block"] else None
+
+
+def _precision(name: str) -> str:
+    try:
+        return Precision(name).name
+    except InvalidInput as error:
+        raise ValueError(str(error)) from None
+
+
+PrecisionName = Annotated[str, AfterValidator(_precision)]
+
+
+class Calibration(Closed):
+    """How ranges are estimated; ``percentile`` applies to that method only."""
+
+    method: Literal["minmax", "percentile", "entropy", "mse"] = "minmax"
+    percentile: float = Field(99.99, gt=50, le=100)
+    samples: int = Field(200, ge=1)
+
+
+class Override(Closed):
+    """For nodes whose name or source matches ``match`` (a glob) and whose op is ``op`` (if given): ``precision`` of
+    a linear or conv (weights and input activations), ``output`` width of the node's result."""
+
+    match: str = "*"
+    op: str | None = None
+    precision: PrecisionName | None = None
+    output: Width | None = None
+
+
+class ImageData(Closed):
+    """Preprocessing of photographs: short side to ``resize`` (bilinear), center crop, x * scale + offset, NCHW."""
+
+    kind: Literal["image"] = "image"
+    resize: int = Field(256, ge=1)
+    crop: int = Field(224, ge=1)
+    scale: tuple[float, float, float] = (1 / 127.5,) * 3
+    offset: tuple[float, float, float] = (-1.0,) * 3
+
+
+class TextData(Closed):
+    """Windows of ``window`` tokens (the model's fixed length) from text files, made by ``tokenizer`` (a file name
+    beside the recipe)."""
+
+    kind: Literal["text"] = "text"
+    tokenizer: str = "tokenizer.json"
+
+
+class Bounds(Closed):
+    """What `validate` demands of an artifact; None demands nothing."""
+
+    identical: float | None = Field(None, ge=0, le=1)
+    sqnr_db: float | None = None
+    cosine: float | None = None
+    metric_drop: float | None = Field(None, ge=0)
+
+
+class Recipe(Closed):
+    """Every choice of a quantization. ``bounds`` is keyed by backend, ``*`` for all others."""
+
+    precision: PrecisionName = "w8a8"
+    calibration: Calibration = Calibration()
+    weights: Literal["minmax", "mse"] = "minmax"
+    overrides: tuple[Override, ...] = ()
+    data: ImageData | TextData | None = Field(None, discriminator="kind")
+    metric: Literal["top1", "perplexity"] | None = None
+    class_offset: int = 0
+    bounds: dict[str, Bounds] = Field(default_factory=dict)
+
+    def with_set(self, assignments: list[str]) -> Recipe:
+        """A copy with ``a.b=value`` assignments applied (values are YAML). Raises InvalidInput on unknown keys."""
+        raw = self.model_dump(mode="json", exclude_unset=True)
+        for assignment in assignments:
+            path, separator, value = assignment.partition("=")
+            if not separator:
+                raise InvalidInput(f"--set {assignment!r}: expected key=value")
+            *parents, leaf = path.split(".")
+            place = raw
+            for key in parents:
+                place = place.setdefault(key, {})
+                if not isinstance(place, dict):
+                    raise InvalidInput(f"--set {assignment!r}: {key} is not a section")
+            place[leaf] = yaml.safe_load(value)
+        try:
+            return Recipe.model_validate(raw)
+        except ValueError as error:
+            raise InvalidInput(f"--set: {error}") from None

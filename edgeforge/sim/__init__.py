@@ -1,0 +1,1 @@
+"""The simulator: evaluates integer graphs exactly, and float graphs as the reference."""

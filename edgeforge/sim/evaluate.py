@@ -1,0 +1,107 @@
+"""The evaluator of both levels: integer graphs through the op table's ``integer`` column, float graphs through
+its ``torch`` column. Batches of any size run through graphs declared with batch 1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from edgeforge.errors import InvalidInput
+from edgeforge.ir.graph import Graph, Node
+from edgeforge.ir.op import OPS
+from edgeforge.ir.types import NUMPY, RANGE
+from edgeforge.sim.reference import Reference
+
+#: Called after each node with its codes (or floats); used for traces, calibration and parity.
+Observer = Callable[[Node, Any], None]
+
+
+def simulate(
+    graph: Graph, feeds: Mapping[str, np.ndarray], kernels: Any = None, observe: Observer | None = None
+) -> dict[str, np.ndarray]:
+    """Run an integer graph: codes in, codes out, by value name.
+
+    Raises InvalidInput when a feed's name, dtype or shape (past the batch dimension) is not the graph's."""
+    assert graph.level == "integer", graph.level
+    check_feeds(graph, feeds)
+    if kernels is None:
+        from edgeforge.sim.fast import Fast
+
+        kernels = Fast()
+    constants = {value.name: value.data for value in graph.constants()}
+    return _walk(graph, {**constants, **feeds}, lambda n, *xs: OPS[n.node.op].integer(kernels, n, *xs), observe)
+
+
+def run_float(graph: Graph, feeds: Mapping[str, np.ndarray], observe: Observer | None = None) -> dict[str, np.ndarray]:
+    """Run a float graph in torch float32; arrays in, arrays out, by value name."""
+    import torch
+
+    assert graph.level == "float", graph.level
+    check_feeds(graph, feeds)
+    constants = {value.name: torch.from_numpy(np.ascontiguousarray(value.data)) for value in graph.constants()}
+    inputs = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in feeds.items()}
+    with torch.no_grad():
+        outputs = _walk(
+            graph, {**constants, **inputs}, lambda n, *xs: OPS[n.node.op].torch(torch, n, *xs), observe
+        )
+    return {name: tensor.numpy() for name, tensor in outputs.items()}
+
+
+def _walk(graph: Graph, known: dict[str, Any], step: Callable[..., Any], observe: Observer | None) -> dict[str, Any]:
+    last_use = {name: i for i, node in enumerate(graph.nodes) for name in node.inputs}
+    outputs = {name: known[name] for name in graph.outputs if name in known}
+    for i, node in enumerate(graph.nodes):
+        result = step(graph.view(node), *(known[name] for name in node.inputs))
+        if observe is not None:
+            observe(node, result)
+        known[node.output] = result
+        if node.output in graph.outputs:
+            outputs[node.output] = result
+        for name in {*node.inputs, node.output}:
+            if last_use.get(name, -1) <= i:
+                known.pop(name, None)
+    return outputs
+
+
+def check_feeds(graph: Graph, feeds: Mapping[str, np.ndarray]) -> None:
+    """Raise InvalidInput unless the feeds are the graph's inputs, in dtype, shape and range."""
+    if set(feeds) != set(graph.inputs):
+        raise InvalidInput(f"inputs are {sorted(graph.inputs)}, got {sorted(feeds)}")
+    for name, array in feeds.items():
+        kind = graph.type(name)
+        if array.dtype != NUMPY[kind.dtype]:
+            raise InvalidInput(f"input {name}: expected {NUMPY[kind.dtype]} codes, got {array.dtype}")
+        if array.ndim != len(kind.shape) or (array.ndim and array.shape[1:] != kind.shape[1:]):
+            raise InvalidInput(f"input {name}: expected shape {kind.shape} (any batch), got {array.shape}")
+        if kind.dtype == "i64" and array.size:
+            _check_ids(graph, name, array)
+
+
+def _check_ids(graph: Graph, name: str, ids: np.ndarray) -> None:
+    for node in graph.users()[name]:
+        rows = graph.type(node.inputs[0]).shape[0] if node.op == "gather" else None
+        if rows is not None and (ids.min() < 0 or ids.max() >= rows):
+            raise InvalidInput(f"input {name}: ids must lie in 0..{rows - 1}, got {ids.min()}..{ids.max()}")
+
+
+def quantize_feeds(graph: Graph, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Real inputs -> the codes an integer graph takes (ids pass unchanged)."""
+    codes = {}
+    for name, array in feeds.items():
+        kind = graph.type(name)
+        codes[name] = array.astype(np.int64) if kind.q is None else kind.q.quantize(array, kind.dtype)
+    return codes
+
+
+def dequantize_outputs(graph: Graph, codes: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Codes by value name -> float32 values."""
+    real = {}
+    for name, array in codes.items():
+        q = graph.type(name).q
+        real[name] = array if q is None else q.dequantize(array)
+    return real
+
+
+__all__ = ["RANGE", "check_feeds", "dequantize_outputs", "quantize_feeds", "run_float", "simulate"]
