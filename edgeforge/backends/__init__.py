@@ -47,7 +47,11 @@ class Backend(Protocol):
     summary: str
 
     def missing(self) -> str:
-        """Why it cannot work in this environment and what to install, or ""."""
+        """Why it cannot compile in this environment and what to install, or ""."""
+        ...
+
+    def cannot_run(self) -> str:
+        """Why its artifacts cannot run in this environment and what to install, or ""."""
         ...
 
     def refusals(self, graph: Graph, target: Target) -> list[Reason]:

@@ -22,6 +22,9 @@ class Simulator:
     def missing(self) -> str:
         return ""
 
+    def cannot_run(self) -> str:
+        return ""
+
     def refusals(self, graph: Graph, target: Target) -> list[Reason]:
         return []
 

@@ -7,8 +7,22 @@ from edgeforge.ir.verify import verify
 from edgeforge.passes.dead import remove_dead
 from edgeforge.passes.fold import fold_constants
 from edgeforge.passes.fuse import fuse_batch_norm, fuse_clamp, fuse_silu
+from edgeforge.passes.gelu import fuse_gelu
+from edgeforge.passes.moves import bound_masks, hoist_scale, merge_moves
+from edgeforge.passes.norm import fuse_norm
 
-OPTIMIZE = (fold_constants, fuse_batch_norm, fuse_silu, fuse_clamp, remove_dead)
+OPTIMIZE = (
+    fold_constants,
+    merge_moves,
+    hoist_scale,
+    fuse_norm,
+    fuse_batch_norm,
+    fuse_silu,
+    fuse_gelu,
+    fuse_clamp,
+    bound_masks,
+    remove_dead,
+)
 
 
 def optimize(graph: Graph) -> Graph:

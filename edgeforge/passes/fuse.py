@@ -32,7 +32,8 @@ def fuse_batch_norm(graph: Graph) -> Graph:
         replaced[node.output] = _absorb(values, dot, node, per_channel)
         replaced[other] = replaced[node.output]
     nodes = [replaced.get(node.output, node) for node in graph.nodes]
-    return graph.rebuild((node for node, old in zip(nodes, graph.nodes, strict=True) if node.output == old.output), values)
+    kept = (node for node, old in zip(nodes, graph.nodes, strict=True) if node.output == old.output)
+    return graph.rebuild(kept, values)
 
 
 def _constant_operand(graph: Graph, node: Node) -> tuple[np.ndarray | None, str]:
@@ -82,7 +83,7 @@ def fuse_silu(graph: Graph) -> Graph:
 
 
 def fuse_clamp(graph: Graph) -> Graph:
-    """y = conv2d(x, w, b); z = clip(y) low=0 high=6   =>   z = conv2d(x, w, b) clamp=(0, 6)     (also relu; linear, add)"""
+    """y = conv2d(x, w, b); z = clip(y) low=0 high=6   =>   z = conv2d(x, w, b) clamp=(0, 6)     (relu; linear, add)"""
     producers, users = graph.producers(), graph.users()
     fused: dict[str, Node] = {}
     for node in graph.nodes:

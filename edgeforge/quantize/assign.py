@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -22,11 +22,13 @@ WIDTHS = {"a8": "u8", "a16": "u16"}
 @dataclass(frozen=True)
 class Plan:
     """``types``: dtype and encoding of every activation, by value name. ``precision``: of every node.
-    ``reads``: (node output, input index) -> the type it wants where that is not the value's own."""
+    ``reads``: (node output, input index) -> the type it wants where that is not the value's own. ``constants``: the
+    types of constants whose codes are given (see `keep`); the others get their own."""
 
     types: Mapping[str, TensorType]
     precision: Mapping[str, Precision]
     reads: Mapping[tuple[str, int], TensorType]
+    constants: Mapping[str, TensorType] = field(default_factory=dict)
 
 
 def _matches(override: Override, node: Node) -> bool:

@@ -45,7 +45,11 @@ class _Converter:
         if role == ACT and not value.const:
             wanted = self.plan.reads.get((node.output, i))
             return name if wanted is None else self.requantized(name, wanted, node.source)
-        if role == WEIGHT:
+        kept = self.plan.constants.get(name)
+        if kept is not None:
+            assert kept.q is not None
+            made = Value(name, kept, kept.q.quantize(self.data(name), kept.dtype))
+        elif role == WEIGHT:
             precision = self.plan.precision[node.output]
             block = precision.block if node.op == "linear" else None
             made = quantize_weight(name, self.data(name), precision.weights, block, self.weight_method)

@@ -1,0 +1,59 @@
+"""The child process of ort_qnn: ONNX Runtime's QNN execution provider on the HTP emulator. ``argv[1]`` names a request:
+
+    {"action": "compile", "model": QDQ.onnx, "context": EPContext.onnx, "soc": 57, "options": {...}}
+    {"action": "run", "model": .onnx, "soc": 57, "options": {...}, "feeds": .npz, "outputs": .npz, "sizes": {...}}
+
+Exit code 0, or an exception on stderr; native aborts are seen by the parent."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import onnxruntime
+import onnxruntime_qnn
+
+from edgeforge.backends._child import in_batches, load_arrays, save_arrays
+
+PROVIDER = "QNNExecutionProvider"
+
+
+def session_options(soc: int, options: Mapping[str, str]) -> Any:
+    """Every node on the HTP of ``soc`` (QNN soc_model), none on the CPU."""
+    onnxruntime.register_execution_provider_library(PROVIDER, onnxruntime_qnn.get_library_path())
+    devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == PROVIDER]
+    made = onnxruntime.SessionOptions()
+    made.log_severity_level = 2
+    if __import__("os").environ.get("OPT0"): made.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    provider = {"backend_path": onnxruntime_qnn.get_qnn_htp_path(), "soc_model": str(soc), **options}
+    made.add_provider_for_devices(devices[:1], provider)
+    made.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    return made
+
+
+def compile_context(request: Mapping[str, Any]) -> None:
+    options = session_options(request["soc"], request["options"])
+    options.add_session_config_entry("ep.context_enable", "1")
+    options.add_session_config_entry("ep.context_file_path", request["context"])
+    options.add_session_config_entry("ep.context_embed_mode", "0")
+    onnxruntime.InferenceSession(request["model"], options)
+
+
+def run(request: Mapping[str, Any]) -> None:
+    session = onnxruntime.InferenceSession(request["model"], session_options(request["soc"], request["options"]))
+    names = [output.name for output in session.get_outputs()]
+    feeds = load_arrays(request["feeds"])
+    made = in_batches(lambda piece: dict(zip(names, session.run(names, piece), strict=True)), request["sizes"], feeds)
+    save_arrays(request["outputs"], made)
+
+
+def main() -> None:
+    with open(sys.argv[1]) as stream:
+        request = json.load(stream)
+    {"compile": compile_context, "run": run}[request["action"]](request)
+
+
+if __name__ == "__main__":
+    main()

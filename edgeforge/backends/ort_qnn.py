@@ -1,0 +1,79 @@
+"""ort_qnn: Qualcomm's HTP through ONNX Runtime's QNN execution provider; here on the emulator that comes with it.
+
+The artifact is the QDQ model and what Qualcomm's compiler made of it: an EPContext model that names a context binary for
+the target's chipset."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from edgeforge.backends import Artifact, Codes, Edit
+from edgeforge.backends._child import in_child, run_in_child
+from edgeforge.errors import BackendFailed, Reason
+from edgeforge.ir.graph import Graph
+from edgeforge.target import Target
+
+MODEL, CONTEXT = "model.onnx", "model_ctx.onnx"
+WORKER = "edgeforge.backends._qnn_worker"
+
+#: The one release whose libraries serve ONNX Runtime and ExecuTorch alike (QNN 2.49).
+VERSION = "2.5.0"
+OPTIONS = {"htp_graph_finalization_optimization_mode": "3"}
+
+
+class OrtQnn:
+    name = "ort_qnn"
+    numerics = ""
+    summary = "context binary for the Hexagon NPU; runs on Qualcomm's HTP emulator (x86-64 Linux)"
+
+    def missing(self) -> str:
+        if sys.platform != "linux" or platform.machine() != "x86_64":
+            return "Qualcomm's HTP compiler and emulator come for x86-64 Linux only -> export there"
+        found = {}
+        for package in ("onnxruntime", "onnxruntime-qnn"):
+            try:
+                found[package] = importlib.metadata.version(package)
+            except importlib.metadata.PackageNotFoundError:
+                return f"{package} is not installed -> pip install 'edgeforge[qnn]'"
+        if found["onnxruntime-qnn"] != VERSION:
+            return (
+                f"onnxruntime-qnn {found['onnxruntime-qnn']} is installed, {VERSION} is needed (the release that "
+                f"ExecuTorch's QNN backend works with too) -> pip install onnxruntime-qnn=={VERSION}"
+            )
+        return ""
+
+    def cannot_run(self) -> str:
+        return self.missing()
+
+    def refusals(self, graph: Graph, target: Target) -> list[Reason]:
+        return []
+
+    def prepare(self, graph: Graph, target: Target) -> tuple[Graph, tuple[Edit, ...]]:
+        return graph, ()
+
+    def compile(self, graph: Graph, target: Target, folder: Path) -> Artifact:
+        from edgeforge.dialects.onnx import to_onnx, write_onnx
+
+        assert target.soc is not None
+        prepared, edits = self.prepare(graph, target)
+        files = write_onnx(to_onnx(prepared), folder / MODEL)
+        request = {"model": str(folder / MODEL), "context": str(folder / CONTEXT), "soc": target.soc.model}
+        in_child(self.name, WORKER, {"action": "compile", **request, "options": OPTIONS})
+        made = sorted(path.name for path in folder.iterdir() if path.name not in files)
+        if CONTEXT not in made:
+            raise BackendFailed(f"{self.name}: the compiler wrote no context binary, only {made}")
+        return Artifact(files=(*files, *made), options={**OPTIONS, "soc_model": str(target.soc.model)}, edits=edits)
+
+    def run(self, folder: Path, graph: Graph, target: Target, feeds: Codes) -> dict[str, np.ndarray]:
+        assert target.soc is not None
+        sizes = {name: graph.type(name).shape[0] for name in graph.inputs}
+        request = {"model": str(folder / CONTEXT), "soc": target.soc.model, "options": OPTIONS, "sizes": sizes}
+        return run_in_child(self.name, WORKER, {"action": "run", **request}, feeds)
+
+
+BACKEND = OrtQnn()

@@ -1,0 +1,223 @@
+"""The bundle: a folder with everything a phone or a colleague needs, hashed, written atomically."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+from pydantic import Field, ValidationError
+
+from edgeforge.errors import InvalidInput
+from edgeforge.ir.graph import Graph
+from edgeforge.ir.text import parse_graph, print_graph, tensors
+from edgeforge.ir.types import TensorType
+from edgeforge.ir.verify import verify
+from edgeforge.recipe import Recipe
+from edgeforge.target import Closed, Target, read_yaml
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+TOOLS = ("numpy", "torch", "onnx", "onnxruntime", "onnxruntime-qnn", "executorch", "torchao")
+
+
+class Port(Closed):
+    """One input or output: codes of ``dtype``; real = scale * (code - zero_point); ids have no encoding."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    scale: float | None = None
+    zero_point: int | None = None
+
+
+class EditRecord(Closed):
+    where: str
+    what: str
+    why: str
+
+
+class BackendRecord(Closed):
+    """What became of one backend: built with these files, or skipped for this reason."""
+
+    status: Literal["built", "skipped"]
+    reason: str = ""
+    files: tuple[str, ...] = ()
+    options: dict[str, str] = Field(default_factory=dict)
+    edits: tuple[EditRecord, ...] = ()
+    islands: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    deterministic: bool = True
+
+
+class FigureRecord(Closed):
+    """A number about the bundle, its kind, and where it comes from."""
+
+    name: str
+    value: float
+    unit: str
+    kind: Literal["measured", "emulated", "estimated"]
+    source: str
+
+
+class Manifest(Closed):
+    """manifest.json. ``calibrated`` is False when ranges came from random data. ``exceptions`` lists every activation
+    whose width is not the precision's."""
+
+    schema_version: Literal[1] = SCHEMA
+    edgeforge: str
+    model: str
+    target: str
+    precision: str
+    calibrated: bool
+    calibration: str
+    graph_hash: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    exceptions: dict[str, str]
+    backends: dict[str, BackendRecord]
+    figures: tuple[FigureRecord, ...]
+    tools: dict[str, str]
+    sha256: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk, verified. ``golden``: per input ``input/<name>`` codes and ``real/<name>`` reals (if float), per output
+    ``float/<name>`` (float model) and ``output/<name>`` (the simulator's integers)."""
+
+    path: Path
+    manifest: Manifest
+    graph: Graph
+    recipe: Recipe
+    target: Target
+    golden: Mapping[str, np.ndarray]
+
+    def golden_part(self, part: str) -> dict[str, np.ndarray]:
+        return {key.split("/", 1)[1]: array for key, array in self.golden.items() if key.startswith(f"{part}/")}
+
+    def artifact(self, backend: str) -> Path:
+        return self.path / "artifacts" / backend
+
+
+def port(name: str, kind: TensorType) -> Port:
+    if kind.q is None:
+        return Port(name=name, shape=kind.shape, dtype=kind.dtype)
+    return Port(name=name, shape=kind.shape, dtype=kind.dtype, scale=float(kind.q.scale), zero_point=kind.q.zero)
+
+
+def tool_versions() -> dict[str, str]:
+    found = {}
+    for tool in TOOLS:
+        try:
+            found[tool] = importlib.metadata.version(tool)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def file_hash(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[Path]:
+    """A temporary folder beside ``out`` that becomes ``out`` when the block ends well, and vanishes otherwise.
+
+    An existing bundle is replaced; any other existing path is refused with InvalidInput."""
+    if out.exists() and not (out / MANIFEST).is_file():
+        raise InvalidInput(f"{out} exists and is not a bundle -> choose another --out or remove it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        if out.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
+            out.rename(old / "bundle")
+            folder.rename(out)
+            shutil.rmtree(old)
+        else:
+            folder.rename(out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_core(folder: Path, graph: Graph, recipe: Recipe, target: Target, golden: Mapping[str, np.ndarray]) -> None:
+    """Graph, recipe, target and golden vectors; artifacts and manifest follow."""
+    (folder / "graph.txt").write_text(print_graph(graph))
+    save_arrays(folder / "graph.safetensors", tensors(graph))
+    save_arrays(folder / "golden.safetensors", golden)
+    for name, model in (("recipe.yaml", recipe), ("target.yaml", target)):
+        (folder / name).write_text(yaml.safe_dump(model.model_dump(mode="json", exclude_defaults=True), sort_keys=False))
+
+
+def write_manifest(folder: Path, **fields: Any) -> Manifest:
+    """manifest.json with the sha256 of every file already in ``folder``; written last."""
+    files = sorted(f for f in folder.rglob("*") if f.is_file())
+    hashes = {f.relative_to(folder).as_posix(): file_hash(f) for f in files}
+    manifest = Manifest(tools=tool_versions(), sha256=hashes, **fields)
+    (folder / MANIFEST).write_text(json.dumps(manifest.model_dump(mode="json"), indent=1, allow_nan=False) + "\n")
+    return manifest
+
+
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    from safetensors.numpy import save_file
+
+    save_file({key: np.ascontiguousarray(array) for key, array in sorted(arrays.items())}, path)
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InvalidInput(f"{path.name} cannot be read: {error}") from None
+
+
+def load_bundle(path: Path) -> Bundle:
+    """Open a bundle, checking schema, hashes and the graph. Raises InvalidInput naming file and cause."""
+    manifest = _read_manifest(path)
+    for name, expected in manifest.sha256.items():
+        file = path / name
+        if not file.resolve().is_relative_to(path.resolve()):
+            raise InvalidInput(f"bundle {path}: {name} lies outside the bundle")
+        if not file.is_file():
+            raise InvalidInput(f"bundle {path}: {name} is missing -> export again")
+        if file_hash(file) != expected:
+            raise InvalidInput(f"bundle {path}: {name} is not the file that was written (sha256 differs) -> export again")
+    graph = verify(parse_graph((path / "graph.txt").read_text(), load_arrays(path / "graph.safetensors")))
+    if graph.hash() != manifest.graph_hash:
+        raise InvalidInput(f"bundle {path}: graph.txt is not the graph of the manifest -> export again")
+    recipe, target = read_yaml(path / "recipe.yaml", Recipe), read_yaml(path / "target.yaml", Target)
+    return Bundle(path, manifest, graph, recipe, target, load_arrays(path / "golden.safetensors"))
+
+
+def _read_manifest(path: Path) -> Manifest:
+    file = path / MANIFEST
+    if not file.is_file():
+        raise InvalidInput(f"{path} is not a bundle: no {MANIFEST} -> the folder that export --out named")
+    try:
+        raw = json.loads(file.read_text())
+    except (ValueError, OSError) as error:
+        raise InvalidInput(f"bundle {path}: {MANIFEST} is damaged: {error}") from None
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version != SCHEMA:
+        raise InvalidInput(f"bundle {path}: schema version {version!r}, this EdgeForge reads {SCHEMA} -> use the version that wrote it")
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InvalidInput(f"bundle {path}: {MANIFEST}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None

@@ -1,0 +1,211 @@
+"""The ONNX dialect: integer Graph -> QDQ model. Codes in, codes out; every node becomes
+
+    DequantizeLinear (one per use) -> the op's ``onnx`` column in float -> QuantizeLinear
+
+so that a runtime with integer kernels fuses each sandwich to one of them. Opset 23 (RMSNormalization); integer weights
+as int8 or packed int4 initializers. The bytes are deterministic; node and tensor names are the graph's value names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from edgeforge import __version__
+from edgeforge.ir.fixed import clamp_codes
+from edgeforge.ir.graph import Graph, Node, NodeView
+from edgeforge.ir.op import OPS
+from edgeforge.ir.types import RANGE, QParams, TensorType
+
+OPSET = 23
+#: Newest IR version that ONNX Runtime 1.32 and QNN 2.49 were tried with; opset 23 came with it.
+IR_VERSION = 11
+#: A protobuf message holds 2 GiB; larger initializers go to a file beside the model.
+PROTO_LIMIT = 2**31 - 2**20
+
+ELEMENT = {
+    "f32": TensorProto.FLOAT,
+    "i64": TensorProto.INT64,
+    "i32": TensorProto.INT32,
+    "u16": TensorProto.UINT16,
+    "u8": TensorProto.UINT8,
+    "i8": TensorProto.INT8,
+    "i4": TensorProto.INT4,
+}
+
+
+class _Emitter:
+    """The ``g`` of the op table's ``onnx`` column. ``g(op_type, *names, **attributes)`` adds a float op and returns its
+    result's name; a name of the graph among the inputs is dequantized first, once per node."""
+
+    def __init__(self, graph: Graph):
+        self.graph = graph
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: dict[str, onnx.TensorProto] = {}
+        self.node: Node = graph.nodes[0]
+        self.real: dict[str, str] = {}
+        self.count = 0
+
+    def emit(self, node: Node) -> None:
+        """The sandwich of one node."""
+        self.node, self.real, self.count = node, {}, 0
+        n = self.graph.view(node)
+        if n.out.q is None:
+            result = OPS[node.op].onnx(self, n, *node.inputs)
+            self.add("Identity", [result], node.output, node.output)
+            return
+        result = self.resolve(OPS[node.op].onnx(self, n, *node.inputs))
+        if self.nodes[-1].op_type != "DequantizeLinear":
+            self.nodes[-1].name = node.output
+        self.quantize(result, node.output, n.out, f"{node.output}/out")
+
+    def __call__(self, op_type: str, *names: str, **attributes: Any) -> str:
+        result = self.fresh(op_type)
+        plain = {key: list(v) if isinstance(v, tuple) else v for key, v in attributes.items()}
+        return self.add(op_type, [self.resolve(name) for name in names], result, result, **plain)
+
+    def add(self, op_type: str, inputs: Sequence[str], output: str, name: str, **attributes: Any) -> str:
+        made = helper.make_node(op_type, list(inputs), [output], name=name, doc_string=self.node.source, **attributes)
+        self.nodes.append(made)
+        return output
+
+    def fresh(self, kind: str) -> str:
+        self.count += 1
+        return f"{self.node.output}/{kind}.{self.count}"
+
+    # ------------------------------------------------------------------------------------- names of the graph -> floats
+
+    def resolve(self, name: str) -> str:
+        """The float tensor of a graph value for the node at hand; other names (floats, indices) stay."""
+        value = self.graph.values.get(name)
+        if value is None or value.type.q is None:
+            if value is not None and value.data is not None:
+                self.initialize(name, "i64", value.data)
+            return name
+        if name not in self.real:
+            if value.data is not None:
+                self.initialize(name, value.type.dtype, value.data)
+            self.real[name] = self.dequantize(name, name, value.type)
+        return self.real[name]
+
+    def dequantize(self, codes: str, value: str, kind: TensorType, axis: int | None = None) -> str:
+        """DequantizeLinear of the tensor ``codes`` under the encoding of ``value``; ``axis`` where it was moved."""
+        assert kind.q is not None
+        attributes: dict[str, int] = {}
+        if kind.q.block is not None:
+            attributes = {"axis": 1 if axis is None else axis, "block_size": kind.q.block}
+        elif kind.q.axis is not None:
+            attributes = {"axis": kind.q.axis if axis is None else axis}
+        scale = self.encoding(codes, kind.dtype, kind.q)
+        result = f"{self.node.output}/in.{len(self.real)}"
+        return self.add("DequantizeLinear", [codes, *scale], result, result, **attributes)
+
+    def quantize(self, real: str, output: str, kind: TensorType, name: str) -> str:
+        assert kind.q is not None
+        return self.add("QuantizeLinear", [real, *self.encoding(output, kind.dtype, kind.q)], output, name)
+
+    def encoding(self, value: str, dtype: str, q: QParams) -> list[str]:
+        """Initializers ``<value>/scale`` and ``<value>/zero``."""
+        names = [f"{value}/scale", f"{value}/zero"]
+        self.initialize(names[0], "f32", q.scale)
+        self.initialize(names[1], dtype, np.full(q.scale.shape, q.zero))
+        return names
+
+    def initialize(self, name: str, dtype: str, data: np.ndarray) -> str:
+        if name not in self.initializers:
+            array = np.array(data, order="C")
+            if dtype == "i4":
+                made = helper.make_tensor(name, TensorProto.INT4, array.shape, _pack_int4(array), raw=True)
+            else:
+                made = numpy_helper.from_array(array.astype(helper.tensor_dtype_to_np_dtype(ELEMENT[dtype])), name)
+            self.initializers[name] = made
+        return name
+
+    # ------------------------------------------------------------------------------------- words of the onnx column
+
+    def ints(self, numbers: Sequence[int]) -> str:
+        """An int64 constant."""
+        return self.initialize(self.fresh("ints"), "i64", np.array(list(numbers), np.int64))
+
+    def scalar(self, number: float) -> str:
+        """A float32 constant."""
+        return self.initialize(self.fresh("scalar"), "f32", np.float32(number))
+
+    def clamp(self, n: NodeView, name: str) -> str:
+        """The fused activation. Nothing where the output's encoding saturates there anyway; else a Relu or Clip behind
+        a sandwich of its own, which gives the same codes (no runtime keeps a fused clamp under a free zero point)."""
+        if "clamp" not in n.attrs or clamp_codes(n) == RANGE[n.out.dtype]:
+            return name
+        low, high = n["clamp"]
+        codes = self.fresh("codes")
+        self.quantize(name, codes, n.out, f"{codes}/out")
+        result = self.fresh("real")
+        name = self.add("DequantizeLinear", [codes, f"{codes}/scale", f"{codes}/zero"], result, result)
+        if (low, high) == (0.0, float("inf")):
+            return self("Relu", name)
+        return self("Clip", name, *(self.scalar(x) for x in (low, high)))
+
+    def linear(self, n: NodeView, x: str, w: str, b: str | None) -> str:
+        """Gemm for [N, I]; for higher ranks MatMul with weights stored [I, O], then Add."""
+        if len(n.shape(0)) == 2 and n.q(1).block is None:
+            return self("Gemm", x, w, *([] if b is None else [b]), transB=1)
+        kind, data = n.type(1), n.data(1)
+        assert kind.q is not None and data is not None
+        q = kind.q if kind.q.block is None else QParams(kind.q.scale.T, 0, axis=0, block=kind.q.block)
+        stored = self.initialize(f"{w}/transposed", kind.dtype, data.T)
+        moved = TensorType(kind.shape[::-1], kind.dtype, q)
+        self.resolve(x)
+        self.real[w] = self.dequantize(stored, w, moved, axis=0 if q.block is not None else 1)
+        y = self("MatMul", x, w)
+        return y if b is None else self("Add", y, b)
+
+
+def _pack_int4(codes: np.ndarray) -> bytes:
+    """Two codes per byte, the first in the low half."""
+    nibbles = codes.reshape(-1).astype(np.uint8) & 15
+    if nibbles.size % 2:
+        nibbles = np.append(nibbles, np.uint8(0))
+    return (nibbles[::2] | nibbles[1::2] << 4).tobytes()
+
+
+def to_onnx(graph: Graph) -> onnx.ModelProto:
+    """The QDQ model of an integer graph: uint8/uint16 codes (and int64 indices) in, codes out, fixed shapes."""
+    assert graph.level == "integer", graph.level
+    emitter = _Emitter(graph)
+    for node in graph.nodes:
+        emitter.emit(node)
+    made = helper.make_graph(
+        emitter.nodes,
+        graph.name,
+        [_port(name, graph.type(name)) for name in graph.inputs],
+        [_port(name, graph.type(name)) for name in graph.outputs],
+        list(emitter.initializers.values()),
+    )
+    opset = [helper.make_opsetid("", OPSET)]
+    model = helper.make_model(
+        made, opset_imports=opset, ir_version=IR_VERSION, producer_name="edgeforge", producer_version=__version__
+    )
+    helper.set_model_props(model, {"edgeforge.graph": graph.hash()})
+    return model
+
+
+def _port(name: str, kind: TensorType) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, ELEMENT[kind.dtype], kind.shape)
+
+
+def write_onnx(model: onnx.ModelProto, path: Path) -> tuple[str, ...]:
+    """Write and check a model; returns the names of the files written (``<name>.data`` holds the initializers of a
+    model that exceeds a protobuf message). Raises onnx.checker.ValidationError when the dialect broke a rule of ONNX."""
+    files = (path.name,)
+    if sum(len(tensor.raw_data) for tensor in model.graph.initializer) > PROTO_LIMIT:
+        files = (path.name, f"{path.name}.data")
+        onnx.save_model(model, path, save_as_external_data=True, location=files[1])
+    else:
+        path.write_bytes(model.SerializeToString(deterministic=True))
+    onnx.checker.check_model(path, full_check=True)
+    return files

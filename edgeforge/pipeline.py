@@ -1,0 +1,217 @@
+"""The whole product in straight lines: load -> optimize -> calibrate -> assign -> convert -> lower -> bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeforge import __version__, backends
+from edgeforge.backends import Artifact
+from edgeforge.bundle import (
+    BackendRecord,
+    Bundle,
+    EditRecord,
+    load_bundle,
+    port,
+    write_core,
+    write_manifest,
+    writing,
+)
+from edgeforge.data import Dataset, load_data
+from edgeforge.errors import InvalidInput, Unsupported
+from edgeforge.ir.graph import Graph
+from edgeforge.models import Model, call, load_model
+from edgeforge.passes import optimize
+from edgeforge.quantize.assign import assign
+from edgeforge.quantize.calibrate import calibrate
+from edgeforge.quantize.convert import convert
+from edgeforge.recipe import Precision, Recipe
+from edgeforge.report import bundle_readme, quantization_report
+from edgeforge.sim.evaluate import quantize_feeds, run_float, simulate
+from edgeforge.target import Target, load_target, read_yaml
+
+#: Samples whose codes and results a bundle keeps.
+GOLDEN = 4
+
+Progress = Callable[[str], None]
+
+
+def load(name: str) -> Model:
+    """Import a model (see `load_model`) and optimize its float graph."""
+    from dataclasses import replace
+
+    model = load_model(name)
+    return replace(model, imported=replace(model.imported, graph=optimize(model.imported.graph)))
+
+
+def read_recipe(model: Model, file: Path | None, precision: str | None, assignments: Sequence[str]) -> Recipe:
+    """The recipe file (or the embedded model's for that precision), then --precision, then --set."""
+    if file is None and precision is not None and model.recipe is not None:
+        special = model.recipe.with_name(f"recipe-{precision}.yaml")
+        file = special if special.is_file() else None
+    file = file or model.recipe
+    recipe = Recipe() if file is None else read_yaml(file, Recipe)
+    if precision is not None:
+        recipe = recipe.model_copy(update={"precision": Precision(precision).name})
+    return recipe.with_set(list(assignments))
+
+
+def quantize(model: Model, recipe: Recipe, target: Target, data: Dataset) -> Graph:
+    """The integer graph of a float model, for the rounding rules of ``target``.
+
+    Raises Unsupported with every node that the target cannot run as asked."""
+    graph = model.imported.graph
+    samples = data.head(recipe.calibration.samples)
+    bits = 16 if Precision(recipe.precision).activations == "u16" else 8
+    ranges = calibrate(
+        graph, _Batches(samples), recipe.calibration.method, lambda name: bits, recipe.calibration.percentile
+    )
+    plan = assign(graph, ranges, recipe, target)
+    return convert(graph, plan, target.numerics, recipe.weights)
+
+
+class _Batches:
+    """A dataset as an iterable that can be walked twice."""
+
+    def __init__(self, data: Dataset, size: int = 8):
+        self.data, self.size = data, size
+
+    def __iter__(self) -> Any:
+        return self.data.batches(self.size)
+
+
+def lower(graph: Graph, target: Target, names: Sequence[str], folder: Path, say: Progress) -> dict[str, BackendRecord]:
+    """Compile ``graph`` for each backend into ``folder/<name>``; what cannot be built is recorded with its reason.
+
+    Raises Unsupported when a backend that was asked for by name refuses the graph (empty ``names``: the target's)."""
+    records = {}
+    for name in names or target.backends:
+        chosen = backends.backend(name)
+        reason = chosen.missing() if name in target.backends else f"{target.name} does not offer it"
+        refusals = [] if reason else chosen.refusals(graph, target)
+        if names and (reason or refusals):
+            if refusals:
+                raise Unsupported(f"{name} cannot take {graph.name} as asked", refusals)
+            raise InvalidInput(f"backend {name}: {reason}")
+        if reason or refusals:
+            text = reason or "; ".join(f"{r.where}: {r.why} -> {r.remedy}" for r in refusals[:5])
+            records[name] = BackendRecord(status="skipped", reason=text)
+            say(f"{name}: skipped ({text})")
+            continue
+        say(f"{name}: compiling")
+        place = folder / name
+        place.mkdir(parents=True)
+        records[name] = _record(name, chosen.compile(graph, target, place))
+        if not any(place.iterdir()):
+            place.rmdir()
+    return records
+
+
+def _record(name: str, artifact: Artifact) -> BackendRecord:
+    return BackendRecord(
+        status="built",
+        files=tuple(f"artifacts/{name}/{file}" for file in artifact.files),
+        options=dict(artifact.options),
+        edits=tuple(EditRecord(where=e.where, what=e.what, why=e.why) for e in artifact.edits),
+        islands=artifact.islands,
+        notes=artifact.notes,
+        deterministic=artifact.deterministic,
+    )
+
+
+def export(
+    name: str,
+    target_name: str,
+    out: Path,
+    calibration: str | Mapping[str, np.ndarray],
+    precision: str | None = None,
+    backend_names: Sequence[str] = (),
+    recipe_file: Path | None = None,
+    assignments: Sequence[str] = (),
+    say: Progress = lambda line: None,
+) -> Bundle:
+    """Model in, bundle out. Everything is written to a temporary folder that is renamed at the end."""
+    target = load_target(target_name)
+    for backend_name in backend_names:
+        backends.backend(backend_name)
+    say(f"importing {name}")
+    model = load(name)
+    recipe = read_recipe(model, recipe_file, precision, assignments)
+    base = model.base if recipe_file is None else recipe_file.parent
+    data = find_data(calibration, "calibration", model, model.imported.graph, recipe, base)
+    with writing(out) as folder:
+        say(f"calibrating on {min(len(data), recipe.calibration.samples)} samples of {data.name}")
+        graph = quantize(model, recipe, target, data)
+        write_core(folder, graph, recipe, target, golden_vectors(model.imported.graph, graph, data))
+        _keep_tokenizer(recipe, base, folder)
+        records = lower(graph, target, backend_names, folder / "artifacts", say)
+        fields: dict[str, Any] = {
+            "edgeforge": __version__,
+            "model": model.name,
+            "target": target.name,
+            "precision": recipe.precision,
+            "calibrated": calibration != "random",
+            "calibration": f"{min(len(data), recipe.calibration.samples)} samples of {data.name}, {recipe.calibration.method}",
+            "graph_hash": graph.hash(),
+            "inputs": tuple(port(n, graph.type(n)) for n in graph.inputs),
+            "outputs": tuple(port(n, graph.type(n)) for n in graph.outputs),
+            "exceptions": exceptions(graph, recipe),
+            "backends": records,
+            "figures": (),
+        }
+        (folder / "report.md").write_text(quantization_report(graph, fields))
+        (folder / "README.txt").write_text(bundle_readme(target, fields))
+        write_manifest(folder, **fields)
+    return load_bundle(out)
+
+
+def find_data(
+    source: str | Mapping[str, np.ndarray], part: str, model: Model | None, graph: Graph, recipe: Recipe, base: Path
+) -> Dataset:
+    """Resolve ``embedded`` and module:callable, then read the data. part: "calibration" | "heldout"."""
+    found: Any = source
+    if source == "embedded":
+        if model is None:
+            raise InvalidInput("data 'embedded' needs the model -> add --model NAME")
+        found = model.data(part)
+    elif isinstance(source, str) and ":" in source and not Path(source).exists():
+        found = call(source)
+    if isinstance(found, Dataset):
+        return found
+    return load_data(found, graph, recipe, base)
+
+
+def golden_vectors(float_graph: Graph, graph: Graph, data: Dataset) -> dict[str, np.ndarray]:
+    """Inputs (real and codes), float outputs and the simulator's integers for the first GOLDEN samples."""
+    real = data.head(GOLDEN).stacked()
+    codes = quantize_feeds(graph, real)
+    parts = {
+        "real": real,
+        "input": codes,
+        "float": run_float(float_graph, real),
+        "output": simulate(graph, codes),
+    }
+    return {f"{part}/{name}": array for part, arrays in parts.items() for name, array in arrays.items()}
+
+
+def _keep_tokenizer(recipe: Recipe, base: Path, folder: Path) -> None:
+    if recipe.data is not None and recipe.data.kind == "text":
+        (folder / recipe.data.tokenizer).write_bytes((base / recipe.data.tokenizer).read_bytes())
+
+
+def exceptions(graph: Graph, recipe: Recipe) -> dict[str, str]:
+    """Activations and weights whose width is not the precision's."""
+    precision = Precision(recipe.precision)
+    found = {}
+    for node in graph.nodes:
+        if graph.type(node.output).dtype != precision.activations:
+            found[node.output] = graph.type(node.output).dtype
+        if node.op in ("linear", "conv2d") and graph.type(node.inputs[1]).dtype != precision.weights:
+            found[node.inputs[1]] = graph.type(node.inputs[1]).dtype
+    return found
+
+
+
