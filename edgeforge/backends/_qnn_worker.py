@@ -1,6 +1,6 @@
 """The child process of ort_qnn: ONNX Runtime's QNN execution provider on the HTP emulator. ``argv[1]`` names a request:
 
-    {"action": "compile", "model": QDQ.onnx, "context": EPContext.onnx, "soc": 57, "options": {...}}
+    {"action": "compile", "model": QDQ.onnx, "context": EPContext.onnx, "soc": 57, "options": {...}, "dump": folder}
     {"action": "run", "model": .onnx, "soc": 57, "options": {...}, "feeds": .npz, "outputs": .npz, "sizes": {...}}
 
 Exit code 0, or an exception on stderr; native aborts are seen by the parent."""
@@ -26,7 +26,6 @@ def session_options(soc: int, options: Mapping[str, str]) -> Any:
     devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == PROVIDER]
     made = onnxruntime.SessionOptions()
     made.log_severity_level = 2
-    if __import__("os").environ.get("OPT0"): made.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     provider = {"backend_path": onnxruntime_qnn.get_qnn_htp_path(), "soc_model": str(soc), **options}
     made.add_provider_for_devices(devices[:1], provider)
     made.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
@@ -34,7 +33,8 @@ def session_options(soc: int, options: Mapping[str, str]) -> Any:
 
 
 def compile_context(request: Mapping[str, Any]) -> None:
-    options = session_options(request["soc"], request["options"])
+    dump = {"dump_json_qnn_graph": "1", "json_qnn_graph_dir": request["dump"]}
+    options = session_options(request["soc"], {**request["options"], **dump})
     options.add_session_config_entry("ep.context_enable", "1")
     options.add_session_config_entry("ep.context_file_path", request["context"])
     options.add_session_config_entry("ep.context_embed_mode", "0")

@@ -6,13 +6,15 @@ the target's chipset."""
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from edgeforge.backends import Artifact, Codes, Edit
+from edgeforge.backends import Artifact, Codes, Edit, _htp
 from edgeforge.backends._child import in_child, run_in_child
 from edgeforge.errors import BackendFailed, Reason
 from edgeforge.ir.graph import Graph
@@ -23,6 +25,8 @@ WORKER = "edgeforge.backends._qnn_worker"
 
 #: The one release whose libraries serve ONNX Runtime and ExecuTorch alike (QNN 2.49).
 VERSION = "2.5.0"
+#: QNN_DATATYPE_FLOAT_16 and QNN_DATATYPE_FLOAT_32.
+FLOATS = (0x0216, 0x0232)
 OPTIONS = {"htp_graph_finalization_optimization_mode": "3"}
 
 
@@ -51,10 +55,11 @@ class OrtQnn:
         return self.missing()
 
     def refusals(self, graph: Graph, target: Target) -> list[Reason]:
-        return []
+        return _htp.refusals(graph, target)
 
     def prepare(self, graph: Graph, target: Target) -> tuple[Graph, tuple[Edit, ...]]:
-        return graph, ()
+        """The graph in the forms that HTP computes in integers, and what was changed."""
+        return _htp.prepare(graph, target)
 
     def compile(self, graph: Graph, target: Target, folder: Path) -> Artifact:
         from edgeforge.dialects.onnx import to_onnx, write_onnx
@@ -63,17 +68,29 @@ class OrtQnn:
         prepared, edits = self.prepare(graph, target)
         files = write_onnx(to_onnx(prepared), folder / MODEL)
         request = {"model": str(folder / MODEL), "context": str(folder / CONTEXT), "soc": target.soc.model}
-        in_child(self.name, WORKER, {"action": "compile", **request, "options": OPTIONS})
+        with tempfile.TemporaryDirectory(prefix="edgeforge-") as dump:
+            in_child(self.name, WORKER, {"action": "compile", **request, "options": OPTIONS, "dump": dump})
+            islands = float_islands(prepared, Path(dump))
         made = sorted(path.name for path in folder.iterdir() if path.name not in files)
         if CONTEXT not in made:
             raise BackendFailed(f"{self.name}: the compiler wrote no context binary, only {made}")
-        return Artifact(files=(*files, *made), options={**OPTIONS, "soc_model": str(target.soc.model)}, edits=edits)
+        options = {**OPTIONS, "soc_model": str(target.soc.model), "session.disable_cpu_ep_fallback": "1"}
+        return Artifact(files=(*files, *made), options=options, edits=edits, islands=islands)
 
     def run(self, folder: Path, graph: Graph, target: Target, feeds: Codes) -> dict[str, np.ndarray]:
         assert target.soc is not None
         sizes = {name: graph.type(name).shape[0] for name in graph.inputs}
         request = {"model": str(folder / CONTEXT), "soc": target.soc.model, "options": OPTIONS, "sizes": sizes}
         return run_in_child(self.name, WORKER, {"action": "run", **request}, feeds)
+
+
+def float_islands(graph: Graph, dump: Path) -> tuple[str, ...]:
+    """Nodes that HTP computes in float: outputs of float type in the graphs that the compiler was given (JSON)."""
+    found = set()
+    for file in dump.glob("*.json"):
+        tensors = json.loads(file.read_text()).get("graph", {}).get("tensors", {})
+        found |= {name.partition("/")[0] for name, tensor in tensors.items() if tensor["data_type"] in FLOATS}
+    return tuple(node.output for node in graph.nodes if node.output in found)
 
 
 BACKEND = OrtQnn()

@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import TensorProto, checker, helper, inliner, numpy_helper, reference
+from onnx import TensorProto, checker, helper, inliner, numpy_helper, reference, shape_inference
 
 from edgeforge.errors import InvalidInput
-from edgeforge.frontend import Imported
+from edgeforge.frontend import Imported, onnx_layers
 from edgeforge.frontend.builder import Act, Builder, Const, Refused, clean
 from edgeforge.frontend.onnx_ops import TABLE, OnnxNode
 from edgeforge.ir.types import QParams, TensorType
+
+assert onnx_layers  # importing it fills the rest of TABLE
 
 #: Constants that a model computes may not be larger (a damaged file can ask for any size).
 LARGEST = 2**28
@@ -96,7 +98,8 @@ class Codes:
 
 class _Importer:
     def __init__(self, model: onnx.ModelProto, name: str):
-        self.graph, self.g = model.graph, Builder(name)
+        self.model, self.graph, self.g = model, model.graph, Builder(name)
+        self.shapes: dict[str, tuple[int, ...]] | None = None
         self.opsets = {entry.domain: entry.version for entry in model.opset_import}
         self.env: dict[str, Any] = {"": None}
 
@@ -155,7 +158,14 @@ class _Importer:
             self.g.refuse(node.op_type, refused.why, refused.remedy)
         except _MALFORMED as error:
             self.g.refuse(node.op_type, f"is malformed ({error})", "export the model again")
-        return [None] * len(node.output)
+        return [self.poison(name) for name in node.output]
+
+    def poison(self, name: str) -> Act | None:
+        """Stands for an output of a refused node, where onnx can tell its shape."""
+        if self.shapes is None:
+            self.shapes = _shapes(self.model)
+        shape = self.shapes.get(name)
+        return None if shape is None else self.g.poison(shape)
 
     def translate(self, node: onnx.NodeProto) -> Sequence[Any]:
         inputs = [self.env.get(name) for name in node.input]
@@ -225,6 +235,16 @@ class _Importer:
             act = self.g.rename(self.g.emit("requantize", act), node.output[0])
         self.g.encodings[act.name] = kind
         return act
+
+
+def _shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
+    """Shapes of intermediate values as far as onnx can tell them."""
+    try:
+        graph = shape_inference.infer_shapes(model).graph
+    except (shape_inference.InferenceError, *_MALFORMED):
+        return {}
+    found = {value.name: [d.dim_value for d in value.type.tensor_type.shape.dim] for value in graph.value_info}
+    return {name: tuple(sizes) for name, sizes in found.items() if sizes and min(sizes) > 0}
 
 
 def _constant(data: np.ndarray, name: str) -> Const:

@@ -96,12 +96,45 @@ def with_range(n: NodeView, **constants: Any) -> Constants:
 
 
 # ---------------------------------------------------------------------------------------------- dot products: Hexagon
+#
+# Found by probing the HTP emulator (QNN 2.49) with integers in and integers out; docs/numerics.md has the evidence.
+
+
+def _ceil_log2(s: Array) -> Array:
+    """Exact ceil(log2(s)), also at powers of two."""
+    fraction, exponent = np.frexp(s)
+    return np.where(fraction == 0.5, exponent - 1, exponent).astype(np.int64)
+
+
+def _f32(value: Any) -> Any:
+    return np.asarray(value, np.float32)
+
+
+def htp_bias(n: NodeView, divisor: int) -> Constants:
+    """The bias HTP really adds (divided by ``divisor``): a float32 round trip truncated toward zero; per-channel biases
+    first become multiples of a common step, max|b| / 2**28."""
+    if n.arity < 3 or (codes := n.data(2)) is None:
+        return {}
+    step = _f32(n.q(0).scale * _f32(channel_scale(n.q(1))).max())
+    real = _f32(codes) * step
+    largest = np.abs(real).max()
+    if largest == 0:
+        return {"bias": np.zeros(codes.shape, np.int64)}
+    common = _f32(largest / np.float32(2.0**28))
+    rounded = np.rint(real * _f32(np.float32(1) / common))
+    return {"bias": np.trunc(_f32(rounded * common) / _f32(step * np.float32(divisor))).astype(np.int64)}
+
+
+def htp_ratio(n: NodeView) -> Array:
+    """float32 (s_x * s_w) * (1 / s_y), as float64 [C] or [1]."""
+    product = _f32(n.q(0).scale * _f32(channel_scale(n.q(1)).reshape(-1)))
+    return (product * _f32(np.float32(1) / n.q(-1).scale)).astype(np.float64)
 
 
 def _derive_htp8(n: NodeView) -> Constants:
-    s = ratios(n)
-    shift = -np.ceil(np.log2(s)).astype(np.int64) - 3
-    return with_range(n, mult=np.rint(np.ldexp(s, shift + 15)).astype(np.int64), shift=shift)
+    s = htp_ratio(n)
+    shift = -_ceil_log2(s) - 3
+    return with_range(n, mult=np.rint(np.ldexp(s, shift + 15)).astype(np.int64), shift=shift, **htp_bias(n, 1))
 
 
 def _apply_htp8(n: NodeView, acc: Array) -> Array:
@@ -110,22 +143,84 @@ def _apply_htp8(n: NodeView, acc: Array) -> Array:
     return saturate(n, ((2 * h + 1) * along_channel(n, n.fixed["mult"]) + (1 << 15)) >> 16)
 
 
+def _derive_htp8_dw2(n: NodeView) -> Constants:
+    s = htp_ratio(n)
+    shift = 15 - _ceil_log2(s)
+    offset = np.rint(n.q(-1).zero / s).astype(np.int64)
+    return with_range(n, mult=np.rint(np.ldexp(s, shift)).astype(np.int64), shift=shift, offset=offset)
+
+
+def _apply_htp8_dw2(n: NodeView, acc: Array) -> Array:
+    """Depthwise convolution with stride 2 (another kernel): 15-bit multiplier, the zero point inside the accumulator."""
+    mult, shift, offset = (along_channel(n, n.fixed[key]) for key in ("mult", "shift", "offset"))
+    code = shift_right((acc + offset) * mult + (np.int64(1) << (shift - 1)), shift)
+    return saturate(n, code - n.q(-1).zero)
+
+
 def _derive_htp16(n: NodeView) -> Constants:
-    s = 256 * ratios(n)
-    shift = -np.ceil(np.log2(s)).astype(np.int64) - 7
-    return with_range(n, mult=np.rint(np.ldexp(s, shift + 29)).astype(np.int64), shift=shift)
+    scales = _f32(channel_scale(n.q(1)).reshape(-1))
+    widest = scales.max()
+    tensor = _f32(_f32(n.q(0).scale * widest) / n.q(-1).scale)
+    s = 256 * (tensor * _f32(scales / widest)).astype(np.float64)
+    shift = -_ceil_log2(s) - 7
+    mult = np.floor(np.ldexp(s, shift + 29) + 0.5).astype(np.int64)
+    return with_range(n, mult=mult, shift=shift, **htp_bias(n, 256))
 
 
 def _apply_htp16(n: NodeView, acc256: Array) -> Array:
-    """Hexagon v73-v81, 16-bit activations; ``acc256`` is the accumulator at 1/256 (see `split_dot`)."""
+    """Hexagon v73-v81, 16-bit activations; ``acc256`` is the accumulator at 1/256 (see `join_bytes`)."""
     h = shift_right(acc256, along_channel(n, n.fixed["shift"]))
     return saturate(n, ((2 * h + 1) * along_channel(n, n.fixed["mult"]) + (1 << 29)) >> 30)
 
 
 def join_bytes(high: Array, low: Array, offset: Array) -> Array:
-    """Byte-split dot product at 1/256: the low byte's partial sum is truncated, the offset (zero point times weights,
-    less the bias) is rounded half up."""
+    """Byte-split dot product at 1/256: the low byte's partial sum is truncated, the zero point's share rounded half up."""
     return high + (low >> 8) - ((offset + 128) >> 8)
+
+
+# --------------------------------------------------------------------------------------- element-wise, pooling: Hexagon
+
+
+def _derive_htp_sum(n: NodeView) -> Constants:
+    """Multipliers share the exponent that keeps their sum (of a subtraction: the larger) below 2**14 * 4095 / 4096."""
+    inverse = _f32(np.float32(1) / n.q(-1).scale)
+    m = [float(_f32(n.q(i).scale * inverse)) for i in (0, 1)]
+    subtract = n.node.op == "sub"
+    reach, exponent = (max(m) if subtract else sum(m)), 15
+    while reach * 2.0**exponent >= 16380:
+        exponent -= 1
+    mult = [int(np.rint(x * 2.0**exponent)) for x in m]
+    mult[1] = -mult[1] if subtract else mult[1]
+    taken = (mult[0] * n.zero(0) + mult[1] * n.zero(1) + 128) >> 8
+    offset = int(np.floor((2 * n.q(-1).zero + 1) * 2.0 ** (exponent - 9))) - taken
+    # The hardware keeps the offset in 16 bits: it wraps.
+    offset = (offset + 32768) % 65536 - 32768
+    return with_range(n, mult=np.array(mult), shift=exponent, offset=offset)
+
+
+def _apply_htp_sum(n: NodeView, a: Array, b: Array) -> Array:
+    left, right = n.fixed["mult"]
+    total = left * a.astype(np.int64) + right * b.astype(np.int64) + 256 * n.fixed["offset"]
+    return saturate(n, shift_right(total, n.fixed["shift"]) - n.q(-1).zero)
+
+
+def _derive_htp_mean(n: NodeView) -> Constants:
+    count = int(np.prod(n["kernel"])) if "kernel" in n.attrs else n.type(0).size // n.out.size
+    s = float(n.q(0).scale) / float(n.q(-1).scale) / count
+    fraction, exponent = np.frexp(s)
+    return with_range(n, mult=int(np.rint(fraction * 2**15)), shift=15 - int(exponent))
+
+
+def _derive_htp_requantize(n: NodeView) -> Constants:
+    """15-bit multiplier, a first rounding at 2**-k of an output step, a second at the step; kept as a table."""
+    s = float(_f32(n.q(0).scale * _f32(np.float32(1) / n.q(-1).scale)))
+    fraction, exponent = np.frexp(s)
+    mult, k = int(np.rint(fraction * 2**15)), 6 if exponent <= 1 else 7 - int(exponent)
+    fine = 15 - int(exponent) - k
+    value = shift_right((np.arange(256) - n.zero(0)) * mult + ((1 << fine) >> 1 if fine > 0 else 0), fine)
+    value = shift_right(value + ((1 << k) >> 1 if k > 0 else 0), k)
+    low, high = clamp_codes(n)
+    return {"table": np.clip(value + n.q(-1).zero, low, high).astype(np.uint8)}
 
 
 # -------------------------------------------------------------------------------- dot products: ONNX Runtime, XNNPACK
@@ -141,6 +236,47 @@ def _apply_fp32(n: NodeView, acc: Array) -> Array:
     scale = np.ldexp(n.fixed["mult"].astype(np.float32), -n.fixed["shift"])
     product = acc.astype(np.float32) * along_channel(n, scale)
     return saturate(n, np.rint(product).astype(np.int64))
+
+
+# --------------------------------------------------------------------------------------------- element-wise: XNNPACK
+
+
+def _derive_xnnpack_sum(n: NodeView) -> Constants:
+    """The larger ratio gets 21 bits (XNNPACK, qs8-vadd parameters)."""
+    ratio = [_f32(n.q(i).scale / n.q(-1).scale) for i in (0, 1)]
+    shift = 20 - (int(np.frexp(max(ratio))[1]) - 1)
+    mult = [int(np.rint(np.ldexp(np.float64(r), shift))) for r in ratio]
+    mult[1] = -mult[1] if n.node.op == "sub" else mult[1]
+    return with_range(n, mult=np.array(mult), shift=shift)
+
+
+def _apply_xnnpack_sum(n: NodeView, a: Array, b: Array) -> Array:
+    left, right = n.fixed["mult"]
+    total = left * (a.astype(np.int64) - n.zero(0)) + right * (b.astype(np.int64) - n.zero(1))
+    return saturate(n, shift_right(total + (1 << (n.fixed["shift"] - 1)), n.fixed["shift"]))
+
+
+def _float_scale(n: NodeView, scale: Any) -> Constants:
+    mantissa, exponent = np.frexp(_f32(scale))
+    return with_range(n, mult=int(np.ldexp(mantissa, 24)), shift=24 - int(exponent))
+
+
+def _derive_fp32_mul(n: NodeView) -> Constants:
+    return _float_scale(n, _f32(n.q(0).scale * n.q(1).scale) / n.q(-1).scale)
+
+
+def _derive_fp32_mean(n: NodeView) -> Constants:
+    count = int(np.prod(n["kernel"])) if "kernel" in n.attrs else n.type(0).size // n.out.size
+    return _float_scale(n, _f32(n.q(0).scale / n.q(-1).scale) / np.float32(count))
+
+
+def _apply_float_scale(n: NodeView, total: Array) -> Array:
+    scale = np.ldexp(np.float32(n.fixed["mult"]), -n.fixed["shift"])
+    return saturate(n, np.rint(total.astype(np.float32) * scale).astype(np.int64))
+
+
+def _apply_fp32_mul(n: NodeView, a: Array, b: Array) -> Array:
+    return _apply_float_scale(n, (a.astype(np.int64) - n.zero(0)) * (b.astype(np.int64) - n.zero(1)))
 
 
 # ------------------------------------------------------------------------------------------- exact value, rounded once
@@ -252,7 +388,15 @@ RULES = {
     rule.name: rule
     for rule in (
         Rule("htp8", _derive_htp8, _apply_htp8, "exact"),
-        Rule("htp16", _derive_htp16, _apply_htp16, "bounded", "99.93 % identical, 1 LSB"),
+        Rule("htp8_dw2", _derive_htp8_dw2, _apply_htp8_dw2, "exact"),
+        Rule("htp16", _derive_htp16, _apply_htp16, "exact"),
+        Rule("htp_sum", _derive_htp_sum, _apply_htp_sum, "exact"),
+        Rule("htp_mean", _derive_htp_mean, _apply_mean, "exact"),
+        Rule("htp_requantize", _derive_htp_requantize, _apply_table, "exact"),
+        Rule("htp_table", _derive_table, _apply_table, "exact"),
+        Rule("xnnpack_sum", _derive_xnnpack_sum, _apply_xnnpack_sum, "exact"),
+        Rule("fp32_mul", _derive_fp32_mul, _apply_fp32_mul, "exact"),
+        Rule("fp32_mean", _derive_fp32_mean, _apply_float_scale, "exact"),
         Rule("fp32", _derive_fp32, _apply_fp32, "exact"),
         Rule("add", _derive_sum, _apply_add, "bounded", "rounded exact value"),
         Rule("sub", _derive_sum, _apply_sub, "bounded", "rounded exact value"),
@@ -266,19 +410,35 @@ RULES = {
 
 _EXACT_VALUE = {name: name for name in ("add", "sub", "mul", "mean", "table", "softmax", "norm")}
 
-#: profile -> op family -> rule. A family with a ``16`` suffix is used when the first input is 16-bit.
-PROFILES: dict[str, dict[str, str]] = {
-    "htp-v73": {**_EXACT_VALUE, "dot": "htp8", "dot16": "htp16"},
-    "htp-v68": {**_EXACT_VALUE, "dot": "htp8", "dot16": "htp16"},
-    "xnnpack": {**_EXACT_VALUE, "dot": "fp32"},
-    "ort-cpu": {**_EXACT_VALUE, "dot": "fp32"},
-}
+_HTP8 = {"dot": "htp8", "dot_dw2": "htp8_dw2", "add": "htp_sum", "sub": "htp_sum", "mean": "htp_mean"}
+_HTP8 |= {"requantize": "htp_requantize", "table": "htp_table"}
+_XNNPACK = {"dot": "fp32", "add": "xnnpack_sum", "sub": "xnnpack_sum", "mul": "fp32_mul", "mean": "fp32_mean"}
+
+#: profile -> op family -> (rule at 8 bits, rule at 16 bits or of mixed widths).
+PROFILES: dict[str, dict[str, tuple[str, str]]] = {}
+for _profile, _narrow, _wide in (
+    ("htp-v73", _HTP8, {"dot": "htp16"}),
+    ("htp-v68", {"dot": "htp8"}, {"dot": "htp16"}),
+    ("xnnpack", _XNNPACK, {"dot": "fp32"}),
+    ("ort-cpu", {"dot": "fp32"}, {"dot": "fp32"}),
+):
+    _narrow = {**_EXACT_VALUE, **_narrow}
+    _wide = {**_EXACT_VALUE, **_wide}
+    PROFILES[_profile] = {f: (_narrow[f], _wide.get(f, _wide.get(f.split("_")[0], "table"))) for f in _narrow}
 
 
-def rule_of(profile: str, family: str, dtype: str) -> Rule:
-    """The rule of an op family whose first input has ``dtype``."""
+def rule_of(profile: str, family: str, n: NodeView) -> Rule:
+    """The rule a runtime uses for a node of that op family."""
     table = PROFILES[profile]
-    return RULES[table.get(f"{family}16", table[family]) if dtype == "u16" else table[family]]
+    if n.node.op == "requantize" and "requantize" in table:
+        family = "requantize"
+    if n.node.op == "conv2d" and "dot_dw2" in table and n.type(0).dtype == "u8":
+        depthwise = n["groups"] == n.shape(0)[1] == n.shape(1)[0] and n["groups"] > 1
+        family = "dot_dw2" if depthwise and n["stride"] == (2, 2) else family
+    narrow, wide = table[family]
+    activations = {n.type(i).dtype for i in range(n.arity) if n.type(i).dtype in ("u8", "u16")} | {n.out.dtype}
+    first_wide = n.type(0).dtype == "u16"
+    return RULES[wide if (first_wide if family.startswith("dot") else activations != {"u8"}) else narrow]
 
 
 # ------------------------------------------------------------------------------------------------ accumulator bounds

@@ -83,7 +83,10 @@ def _check_node(n: NodeView) -> None:
 
 def _check_integers(n: NodeView) -> None:
     op = OPS[n.node.op]
+    for i in range(n.arity):
+        n.require(n.type(i).dtype == "i64" or n.type(i).q is not None, f"input {i} has no encoding")
     n.require(n.out.dtype in ("u8", "u16"), f"output codes are {n.out.dtype}, expected u8 or u16")
+    n.require(n.out.q is not None, "output has no encoding")
     if op.shared:
         for i in range(n.arity):
             if op.port(i).role not in (WEIGHT, BIAS) and n.type(i).q is not None:

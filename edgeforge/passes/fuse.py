@@ -65,16 +65,19 @@ def _absorb(values: dict[str, Value], dot: Node, node: Node, factor: np.ndarray)
     return Node(dot.op, (dot.inputs[0], *names), node.output, dot.attrs, dot.source)
 
 
+GATES = {"sigmoid": "silu", "hardsigmoid": "hardswish"}
+
+
 def fuse_silu(graph: Graph) -> Graph:
-    """s = sigmoid(x); y = mul(x, s)   =>   y = silu(x)"""
+    """s = sigmoid(x); y = mul(x, s)   =>   y = silu(x)     (also hardsigmoid and hardswish)"""
     producers, users = graph.producers(), graph.users()
     nodes = []
     for node in graph.nodes:
         if node.op == "mul":
             for gate, x in (node.inputs, node.inputs[::-1]):
                 made = producers.get(gate)
-                if made is not None and made.op == "sigmoid" and made.inputs == (x,) and len(users[gate]) == 1:
-                    node = Node("silu", (x,), node.output, {}, node.source)
+                if made is not None and made.op in GATES and made.inputs == (x,) and len(users[gate]) == 1:
+                    node = Node(GATES[made.op], (x,), node.output, {}, node.source)
                     break
         nodes.append(node)
     from edgeforge.passes.dead import remove_dead

@@ -176,7 +176,9 @@ def _push_up(
     outside = {groups.find(name) for name in (*graph.outputs, *graph.inputs)}
     for root, asked in wants.items():
         first = asked[0]
-        if root in outside or first is None or any(t is None or (t.dtype, t.q) != (first.dtype, first.q) for t in asked):
+        if root in outside or first is None:
+            continue
+        if any(t is None or (t.dtype, t.q) != (first.dtype, first.q) for t in asked):
             continue
         for name in types:
             if groups.find(name) == root:

@@ -75,7 +75,8 @@ class _Converter:
     def bias(self, name: str, before: list[str]) -> Value:
         x, w = (self.values[b].type.q for b in before[:2])
         assert x is not None and w is not None
-        q = QParams(np.broadcast_to(x.scale * channel_scale(w).astype(np.float32), self.data(name).shape).copy(), 0, axis=0)
+        scale = np.broadcast_to(x.scale * channel_scale(w).astype(np.float32), self.data(name).shape)
+        q = QParams(scale.copy(), 0, axis=0)
         return Value(name, TensorType(self.data(name).shape, "i32", q), q.quantize(self.data(name), "i32"))
 
     def constant(self, node: Node, name: str) -> Value:
@@ -108,7 +109,8 @@ def with_profile(graph: Graph, profile: str) -> Graph:
     for node in graph.nodes:
         family = OPS[node.op].numerics
         if family != "move":
-            rule = rule_of(profile, family, graph.type(node.inputs[0]).dtype)
-            node = replace(node, rule=rule.name, fixed=rule.derive(graph.view(node)))
+            view = graph.view(node)
+            rule = rule_of(profile, family, view)
+            node = replace(node, rule=rule.name, fixed=rule.derive(view))
         nodes.append(node)
     return verify(graph.rebuild(nodes))

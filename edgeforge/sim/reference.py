@@ -42,12 +42,13 @@ class Reference:
     ) -> Array:
         """Requantized dot products. product(part) gives the exact sums of uncentered codes with the weights w;
         weight_sum (per output channel) takes the zero point out again."""
-        offset = n.zero(0) * weight_sum - (0 if bias is None else bias.astype(np.int64))
+        offset, added = n.zero(0) * weight_sum, n.fixed.get("bias", bias)
+        added = np.int64(0) if added is None else added.astype(np.int64)
         if n.node.op == "conv2d":
-            offset = offset.reshape(-1, 1, 1)
+            offset, added = offset.reshape(-1, 1, 1), added.reshape(-1, 1, 1) if added.ndim else added
         if n.node.rule == "htp16":
-            return RULES["htp16"].apply(n, join_bytes(product(x >> 8), product(x & 255), offset))
-        return RULES[n.node.rule].apply(n, product(x) - offset)
+            return RULES["htp16"].apply(n, join_bytes(product(x >> 8), product(x & 255), offset) + added)
+        return RULES[n.node.rule].apply(n, product(x) - offset + added)
 
     def apply(self, n: NodeView, *codes: Array) -> Array:
         """The node's rounding rule on already prepared operands."""

@@ -1,0 +1,171 @@
+"""What Hexagon's compiler takes of an integer graph, and the edits that bring the rest into that form.
+
+Found by compiling each form with QNN 2.49 (soc_model 57) with the CPU fallback disabled; a form that is not taken in
+integers is either refused or, silently, computed in float16 between a Dequantize and a Quantize."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from edgeforge.backends import Edit
+from edgeforge.errors import Reason
+from edgeforge.ir.graph import Graph, Node
+from edgeforge.ir.op import OPS
+from edgeforge.ir.types import RANGE, QParams, TensorType, Value
+from edgeforge.target import Target
+
+
+class _Editor:
+    """A graph under change: new nodes in order, values by name, and the list of what was changed."""
+
+    def __init__(self, graph: Graph):
+        self.graph = graph
+        self.values = dict(graph.values)
+        self.nodes: list[Node] = []
+        self.edits: list[Edit] = []
+
+    def put(self, node: Node, kind: TensorType) -> str:
+        self.values[node.output] = Value(node.output, kind)
+        self.nodes.append(node)
+        return node.output
+
+    def note(self, node: Node, what: str, why: str) -> None:
+        self.edits.append(Edit(node.output, what, why))
+
+    def const(self, name: str, kind: TensorType, data: np.ndarray) -> str:
+        """A constant under ``name``, or under that name with a number when another constant has it."""
+        found, number = name, 0
+        while found in self.values:
+            number += 1
+            found = f"{name}.{number}"
+        self.values[found] = Value(found, kind, data)
+        return found
+
+
+def prepare(graph: Graph, target: Target) -> tuple[Graph, tuple[Edit, ...]]:
+    """The graph in forms that Hexagon computes in integers, and every change. Names of outputs stay."""
+    editor = _Editor(graph)
+    for node in graph.nodes:
+        EDITS.get(node.op, _keep)(editor, node)
+    return graph.rebuild(editor.nodes, editor.values), tuple(editor.edits)
+
+
+def _keep(e: _Editor, node: Node) -> None:
+    e.nodes.append(node)
+
+
+def _split_silu(e: _Editor, node: Node) -> None:
+    """y = silu(x)   =>   s = sigmoid(x); y = mul(x, s)"""
+    kind = e.graph.type(node.output)
+    gate = QParams(np.float32(1 / (RANGE[kind.dtype][1] + 1)), 0)
+    s = Node("sigmoid", node.inputs, f"{node.output}.sigmoid", {}, node.source)
+    e.put(s, TensorType(kind.shape, kind.dtype, gate))
+    e.nodes.append(Node("mul", (node.inputs[0], s.output), node.output, {}, node.source))
+    e.note(node, "split into sigmoid and mul", "HTP has no integer kernel for silu")
+
+
+def _equal_widths(e: _Editor, node: Node) -> None:
+    """y: u16 = linear(x: u8)   =>   x16 = requantize(x) (codes * 256); y = linear(x16)
+    y: u8 = linear(x: u16)   =>   y16: u16 = linear(x); y = requantize(y16)"""
+    graph = e.graph
+    x, y = graph.type(node.inputs[0]), graph.type(node.output)
+    assert x.q is not None and y.q is not None
+    if x.dtype == y.dtype:
+        e.nodes.append(node)
+    elif x.dtype == "u8":
+        wide = TensorType(x.shape, "u16", QParams(x.q.scale / np.float32(256), x.q.zero * 256))
+        name = f"{node.output}.input16"
+        e.put(Node("requantize", (node.inputs[0],), name, {}, node.source), wide)
+        inputs = [name, *node.inputs[1:]]
+        if len(inputs) == 3:
+            inputs[2] = _finer_bias(e, node)
+        e.nodes.append(replace(node, inputs=tuple(inputs)))
+        e.note(node, "input widened to 16 bits (codes times 256)", "HTP's input and output widths must be equal")
+    else:
+        wide = TensorType(y.shape, "u16", QParams(y.q.scale / np.float32(256), y.q.zero * 256))
+        made = replace(node, output=f"{node.output}.output16")
+        e.put(made, wide)
+        e.nodes.append(Node("requantize", (made.output,), node.output, {}, node.source))
+        e.note(node, "computed with 16-bit output, then requantized", "HTP's input and output widths must be equal")
+
+
+def _finer_bias(e: _Editor, node: Node) -> str:
+    """The bias at 1/256 of its scale, as the widened input demands."""
+    bias = e.graph.values[node.inputs[2]]
+    assert bias.data is not None and bias.type.q is not None
+    codes = np.clip(bias.data.astype(np.int64) * 256, *RANGE["i32"]).astype(np.int32)
+    kind = replace(bias.type, q=replace(bias.type.q, scale=bias.type.q.scale / np.float32(256)))
+    return e.const(f"{bias.name}.finer", kind, codes)
+
+
+def _layer_norm(e: _Editor, node: Node) -> None:
+    """A uint8 gain, and an int32 bias with one scale (s_x * s_gain): the only form with an integer kernel."""
+    x, gain, bias = (e.graph.values[name] for name in node.inputs)
+    assert x.type.q is not None and gain.data is not None and bias.data is not None
+    assert gain.type.q is not None and bias.type.q is not None
+    q, codes = gain.type.q, gain.data
+    if gain.type.dtype != "u8":
+        real = gain.type.q.dequantize(gain.data)
+        low, high = min(float(real.min()), 0.0), max(float(real.max()), 0.0)
+        scale = np.float32((high - low) / 255)
+        q = QParams(scale, int(np.rint(-low / np.float64(scale))))
+        codes = q.quantize(real, "u8")
+        e.note(node, "gain re-encoded as uint8", "HTP's integer kernel takes no 16-bit gain")
+    single = QParams(x.type.q.scale * q.scale)
+    names = (
+        node.inputs[0],
+        e.const(f"{gain.name}.gain", TensorType(gain.type.shape, "u8", q), codes),
+        e.const(f"{bias.name}.bias", TensorType(bias.type.shape, "i32", single),
+                single.quantize(bias.type.q.dequantize(bias.data), "i32")),
+    )
+    e.nodes.append(replace(node, inputs=names))
+
+
+def _transpose(e: _Editor, node: Node) -> None:
+    """y = transpose(x) of rank 3 from a graph input to a graph output   =>   the same at rank 4
+
+    ONNX Runtime strips such a transpose of its encodings, and HTP takes bare uint8 tensors at rank 4 only."""
+    kind, shape = e.graph.type(node.output), e.graph.type(node.inputs[0]).shape
+    bare = node.inputs[0] in e.graph.inputs and node.output in e.graph.outputs
+    if not bare or len(shape) != 3:
+        e.nodes.append(node)
+        return
+    wide, moved = f"{node.output}.rank4", f"{node.output}.moved"
+    perm = (0, *(axis + 1 for axis in node.attrs["perm"]))
+    e.put(Node("reshape", node.inputs, wide, {"shape": (1, *shape)}, node.source), replace(kind, shape=(1, *shape)))
+    e.put(Node("transpose", (wide,), moved, {"perm": perm}, node.source), replace(kind, shape=(1, *kind.shape)))
+    e.nodes.append(Node("reshape", (moved,), node.output, {"shape": kind.shape}, node.source))
+
+
+EDITS: dict[str, Callable[[_Editor, Node], None]] = {
+    "silu": _split_silu,
+    "linear": _equal_widths,
+    "conv2d": _equal_widths,
+    "layer_norm": _layer_norm,
+    "transpose": _transpose,
+}
+
+
+def refusals(graph: Graph, target: Target) -> list[Reason]:
+    """Forms of matrix products that HTP rejects or computes wrongly."""
+    reasons = []
+    for node in graph.nodes:
+        if OPS[node.op].numerics != "dot":
+            continue
+        where, a, b = node.source or node.output, graph.type(node.inputs[0]), graph.type(node.inputs[1])
+        assert b.q is not None
+        if b.q.block is not None and a.dtype == "u8":
+            why = "block-wise weights with 8-bit activations are not offered by HTP"
+            reasons.append(Reason(where, node.op, why, "w4a16 with the same block, or per-channel w4a8"))
+        if node.op != "matmul":
+            continue
+        if (a.dtype, b.dtype, graph.type(node.output).dtype) == ("u8", "u16", "u8"):
+            reasons.append(Reason(where, node.op, "HTP takes no uint8 x uint16 -> uint8", "a 16-bit result"))
+        wanted = target.second_operand_zero
+        if (a.dtype, b.dtype) == ("u16", "u8") and wanted not in (None, b.q.zero):
+            why = f"the uint8 second operand has zero point {b.q.zero}, HTP computes right results with {wanted} only"
+            reasons.append(Reason(where, node.op, why, "requantize the operand"))
+    return reasons
