@@ -159,7 +159,7 @@ def write_core(folder: Path, graph: Graph, recipe: Recipe, target: Target, golde
     save_arrays(folder / "graph.safetensors", tensors(graph))
     save_arrays(folder / "golden.safetensors", golden)
     for name, model in (("recipe.yaml", recipe), ("target.yaml", target)):
-        (folder / name).write_text(yaml.safe_dump(model.model_dump(mode="json", exclude_defaults=True), sort_keys=False))
+        (folder / name).write_text(yaml.safe_dump(model.model_dump(mode="json"), sort_keys=False))
 
 
 def write_manifest(folder: Path, **fields: Any) -> Manifest:

@@ -44,6 +44,7 @@ def export(
     precision: Annotated[str | None, typer.Option(help="w8a8, w8a16, w4a8, w4a16, with -b16|32|64 block-wise")] = None,
     backend: Annotated[list[str] | None, typer.Option(help="build only this backend (repeatable)")] = None,
     recipe: Annotated[Path | None, typer.Option(help="recipe YAML")] = None,
+    requantize: Annotated[bool, typer.Option(help="drop the encodings that a QDQ model brings along")] = False,
     set: Annotated[list[str] | None, typer.Option("--set", help="recipe entry, a.b=value (repeatable)")] = None,
 ) -> None:
     """Lower MODEL (embedded name, .onnx, .pt2, package.module:callable) into a bundle."""
@@ -52,7 +53,7 @@ def export(
 
     if calibration is None:
         raise InvalidInput("export needs data to find ranges -> --calibration DATA (or --calibration random, stamped uncalibrated)")
-    bundle = run(model, target, out, calibration, precision, backend or (), recipe, set or (), _say)
+    bundle = run(model, target, out, calibration, precision, backend or (), recipe, set or (), requantize, _say)
     rows = [[name, r.status, r.reason or f"{len(r.files)} files, {len(r.islands)} float islands"] for name, r in bundle.manifest.backends.items()]
     stamp = "" if bundle.manifest.calibrated else " (UNCALIBRATED)"
     _table(f"{out}: {bundle.manifest.precision} for {bundle.target.name}{stamp}", ["backend", "status", "detail"], rows)

@@ -28,6 +28,7 @@ from edgeforge.passes import optimize
 from edgeforge.quantize.assign import assign
 from edgeforge.quantize.calibrate import calibrate
 from edgeforge.quantize.convert import convert
+from edgeforge.quantize.keep import plan_from
 from edgeforge.recipe import Precision, Recipe
 from edgeforge.report import bundle_readme, quantization_report
 from edgeforge.sim.evaluate import quantize_feeds, run_float, simulate
@@ -59,11 +60,14 @@ def read_recipe(model: Model, file: Path | None, precision: str | None, assignme
     return recipe.with_set(list(assignments))
 
 
-def quantize(model: Model, recipe: Recipe, target: Target, data: Dataset) -> Graph:
-    """The integer graph of a float model, for the rounding rules of ``target``.
+def quantize(model: Model, recipe: Recipe, target: Target, data: Dataset, requantize: bool = False) -> Graph:
+    """The integer graph of a float model, for the rounding rules of ``target``. Encodings that the model brings along
+    (QDQ) are kept unless ``requantize``.
 
-    Raises Unsupported with every node that the target cannot run as asked."""
+    Raises Unsupported with every node (or kept encoding) that the target cannot run as asked."""
     graph = model.imported.graph
+    if model.imported.encodings and not requantize:
+        return convert(graph, plan_from(model.imported, recipe, target), target.numerics)
     samples = data.head(recipe.calibration.samples)
     bits = 16 if Precision(recipe.precision).activations == "u16" else 8
     ranges = calibrate(
@@ -131,6 +135,7 @@ def export(
     backend_names: Sequence[str] = (),
     recipe_file: Path | None = None,
     assignments: Sequence[str] = (),
+    requantize: bool = False,
     say: Progress = lambda line: None,
 ) -> Bundle:
     """Model in, bundle out. Everything is written to a temporary folder that is renamed at the end."""
@@ -144,7 +149,7 @@ def export(
     data = find_data(calibration, "calibration", model, model.imported.graph, recipe, base)
     with writing(out) as folder:
         say(f"calibrating on {min(len(data), recipe.calibration.samples)} samples of {data.name}")
-        graph = quantize(model, recipe, target, data)
+        graph = quantize(model, recipe, target, data, requantize)
         write_core(folder, graph, recipe, target, golden_vectors(model.imported.graph, graph, data))
         _keep_tokenizer(recipe, base, folder)
         records = lower(graph, target, backend_names, folder / "artifacts", say)

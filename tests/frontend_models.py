@@ -127,22 +127,21 @@ def example(name: str, batch: int = 1, seed: int = 0) -> torch.Tensor:
 
 @functools.cache
 def build(name: str) -> nn.Module:
-    """The model in eval mode. Weights are rescaled so that every layer passes a signal (initializers of 0.02 leave
-    outputs that are almost constant), and batch statistics are those of random images."""
+    """The model in eval mode, with weights that keep the signal's size from layer to layer: the initializers' 0.02
+    leave outputs that are almost constant, and statistics of random batches make deep networks chaotic."""
     torch.manual_seed(0)
     model = ARCHITECTURES[name]()
+    gain = 2.0 if name in CONVOLUTIONAL else 1.0
     with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if "token" in path or "position" in path:
+                parameter.normal_(0, 0.5)
         for module in model.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
-                fan_in = module.weight[0].numel()
-                module.weight.normal_(0, fan_in**-0.5)
+                module.weight.normal_(0, (gain / module.weight[0].numel()) ** 0.5)
             if isinstance(module, nn.BatchNorm2d):
-                module.momentum = 1.0
-                module.weight.uniform_(0.8, 1.2)
-                module.bias.uniform_(-0.2, 0.2)
-            if isinstance(module, nn.Embedding):
-                module.weight.normal_(0, 0.5)
-        if name in CONVOLUTIONAL:
-            model.train()
-            model(example(name, 16, seed=9))
+                for statistic in (module.weight, module.running_var):
+                    statistic.uniform_(0.8, 1.2)
+                for statistic in (module.bias, module.running_mean):
+                    statistic.normal_(0, 0.2)
     return model.eval()

@@ -38,7 +38,8 @@ def compile_context(request: Mapping[str, Any]) -> None:
     options.add_session_config_entry("ep.context_enable", "1")
     options.add_session_config_entry("ep.context_file_path", request["context"])
     options.add_session_config_entry("ep.context_embed_mode", "0")
-    onnxruntime.InferenceSession(request["model"], options)
+    with open(request["model"], "rb") as stream:
+        onnxruntime.InferenceSession(stream.read(), options)
 
 
 def run(request: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from edgeforge.ir.op import ACT, BIAS, INDEX, OPS, WEIGHT
 from edgeforge.ir.types import QParams, TensorType, Value
 from edgeforge.ir.verify import verify
 from edgeforge.quantize.assign import Plan, _data_range, affine
-from edgeforge.quantize.weights import quantize_weight
+from edgeforge.quantize.weights import least_scale, quantize_weight
 
 
 class _Converter:
@@ -52,7 +52,8 @@ class _Converter:
         elif role == WEIGHT:
             precision = self.plan.precision[node.output]
             block = precision.block if node.op == "linear" else None
-            made = quantize_weight(name, self.data(name), precision.weights, block, self.weight_method)
+            least = self.least_scale(node, before[0])
+            made = quantize_weight(name, self.data(name), precision.weights, block, self.weight_method, least)
         elif role == BIAS:
             made = self.bias(name, before)
         else:
@@ -71,6 +72,11 @@ class _Converter:
             made = replace(made, name=f"{made.name}.{len(self.values)}")
         self.values[made.name] = made
         return made.name
+
+    def least_scale(self, node: Node, x: str) -> np.ndarray | float:
+        q = self.values[x].type.q
+        assert q is not None
+        return least_scale(self.data(node.inputs[2]), float(q.scale)) if len(node.inputs) == 3 else 0.0
 
     def bias(self, name: str, before: list[str]) -> Value:
         x, w = (self.values[b].type.q for b in before[:2])

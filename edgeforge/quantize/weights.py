@@ -9,8 +9,11 @@ from edgeforge.ir.fixed import LPBQ_STEPS
 from edgeforge.ir.types import RANGE, QParams, TensorType, Value
 
 
-def quantize_weight(name: str, data: np.ndarray, dtype: str, block: int | None, method: str) -> Value:
-    """Codes of float weights [O, ...]: ``scale = max|w| / 127`` (or / 7) per output channel; with method "mse" the
+def quantize_weight(
+    name: str, data: np.ndarray, dtype: str, block: int | None, method: str, least: np.ndarray | float = 0.0
+) -> Value:
+    """``least``: smallest scale per channel (a channel of near-zero weights must not push its bias out of int32).
+    Codes of float weights [O, ...]: ``scale = max|w| / 127`` (or / 7) per output channel; with method "mse" the
     factor in 0.5..1 of that scale with the least squared error, per channel."""
     if block is not None:
         return _blockwise(name, data, dtype, block)
@@ -23,8 +26,13 @@ def quantize_weight(name: str, data: np.ndarray, dtype: str, block: int | None, 
         scale = (widest * factor)[:, None]
         error = ((np.clip(np.rint(flat / scale), -top, top) * scale - flat) ** 2).sum(1)
         best, best_error = np.where(error < best_error, scale[:, 0], best), np.minimum(error, best_error)
-    q = QParams(best.astype(np.float32), 0, axis=0)
+    q = QParams(np.maximum(best, least).astype(np.float32), 0, axis=0)
     return Value(name, TensorType(data.shape, dtype, q), q.quantize(data, dtype))
+
+
+def least_scale(bias: np.ndarray, input_scale: float) -> np.ndarray:
+    """The weight scale per channel below which the bias would need more than 2**30 steps of s_x * s_w."""
+    return np.abs(bias.astype(np.float64)) / (2.0**30 * input_scale)
 
 
 def _blockwise(name: str, data: np.ndarray, dtype: str, block: int) -> Value:
