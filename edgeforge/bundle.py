@@ -17,6 +17,7 @@ import numpy as np
 import yaml
 from pydantic import Field, ValidationError
 
+import edgeforge.ops  # noqa: F401 (registers the op table)
 from edgeforge.errors import InvalidInput
 from edgeforge.ir.graph import Graph
 from edgeforge.ir.text import parse_graph, print_graph, tensors
