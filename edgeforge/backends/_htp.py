@@ -1,19 +1,20 @@
 """What Hexagon's compiler takes of an integer graph, and the edits that bring the rest into that form.
 
 Found by compiling each form with QNN 2.49 (soc_model 57) with the CPU fallback disabled; a form that is not taken in
-integers is either refused or, silently, computed in float16 between a Dequantize and a Quantize."""
+integers is either refused or, silently, computed in float16 between a Dequantize and a Quantize: so are all operations
+whose activations differ in width, products with a uint8 second operand apart."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 
 from edgeforge.backends import Edit
 from edgeforge.errors import Reason
+from edgeforge.ir.fixed import clamp_codes
 from edgeforge.ir.graph import Graph, Node
-from edgeforge.ir.op import OPS
+from edgeforge.ir.op import ACT, OPS
 from edgeforge.ir.types import RANGE, QParams, TensorType, Value
 from edgeforge.target import Target
 
@@ -27,8 +28,10 @@ class _Editor:
         self.nodes: list[Node] = []
         self.edits: list[Edit] = []
 
-    def put(self, node: Node, kind: TensorType) -> str:
-        self.values[node.output] = Value(node.output, kind)
+    def put(self, node: Node, kind: TensorType | None = None) -> str:
+        """Append a node; ``kind`` is the type of its output where that is a new value."""
+        if kind is not None:
+            self.values[node.output] = Value(node.output, kind)
         self.nodes.append(node)
         return node.output
 
@@ -36,7 +39,7 @@ class _Editor:
         self.edits.append(Edit(node.output, what, why))
 
     def const(self, name: str, kind: TensorType, data: np.ndarray) -> str:
-        """A constant under ``name``, or under that name with a number when another constant has it."""
+        """A constant under ``name``, numbered when another value has that name."""
         found, number = name, 0
         while found in self.values:
             number += 1
@@ -46,82 +49,103 @@ class _Editor:
 
 
 def prepare(graph: Graph, target: Target) -> tuple[Graph, tuple[Edit, ...]]:
-    """The graph in forms that Hexagon computes in integers, and every change. Names of outputs stay."""
-    editor = _Editor(graph)
-    for node in graph.nodes:
-        EDITS.get(node.op, _keep)(editor, node)
-    return graph.rebuild(editor.nodes, editor.values), tuple(editor.edits)
-
-
-def _keep(e: _Editor, node: Node) -> None:
-    e.nodes.append(node)
+    """The graph in forms that Hexagon computes in integers, and every change. Names of inputs and outputs stay; the new
+    nodes carry no rounding constants (`with_profile` adds them)."""
+    edits: list[Edit] = []
+    for step in (_split_silu, _layer_norm, _equal_widths, _transpose):
+        editor = _Editor(graph)
+        for node in graph.nodes:
+            step(editor, node)
+        graph = graph.rebuild(editor.nodes, editor.values)
+        edits += editor.edits
+    return graph, tuple(edits)
 
 
 def _split_silu(e: _Editor, node: Node) -> None:
     """y = silu(x)   =>   s = sigmoid(x); y = mul(x, s)"""
-    kind = e.graph.type(node.output)
-    gate = QParams(np.float32(1 / (RANGE[kind.dtype][1] + 1)), 0)
-    s = Node("sigmoid", node.inputs, f"{node.output}.sigmoid", {}, node.source)
-    e.put(s, TensorType(kind.shape, kind.dtype, gate))
-    e.nodes.append(Node("mul", (node.inputs[0], s.output), node.output, {}, node.source))
+    if node.op != "silu":
+        e.put(node)
+        return
+    kind = e.graph.type(node.inputs[0])
+    gate = QParams(np.float32(1 / (RANGE[kind.dtype][1] + 1)))
+    name = f"{node.output}.sigmoid"
+    e.put(Node("sigmoid", node.inputs, name, {}, node.source), TensorType(kind.shape, kind.dtype, gate))
+    e.put(Node("mul", (node.inputs[0], name), node.output, {}, node.source))
     e.note(node, "split into sigmoid and mul", "HTP has no integer kernel for silu")
-
-
-def _equal_widths(e: _Editor, node: Node) -> None:
-    """y: u16 = linear(x: u8)   =>   x16 = requantize(x) (codes * 256); y = linear(x16)
-    y: u8 = linear(x: u16)   =>   y16: u16 = linear(x); y = requantize(y16)"""
-    graph = e.graph
-    x, y = graph.type(node.inputs[0]), graph.type(node.output)
-    assert x.q is not None and y.q is not None
-    if x.dtype == y.dtype:
-        e.nodes.append(node)
-    elif x.dtype == "u8":
-        wide = TensorType(x.shape, "u16", QParams(x.q.scale / np.float32(256), x.q.zero * 256))
-        name = f"{node.output}.input16"
-        e.put(Node("requantize", (node.inputs[0],), name, {}, node.source), wide)
-        inputs = [name, *node.inputs[1:]]
-        if len(inputs) == 3:
-            inputs[2] = _finer_bias(e, node)
-        e.nodes.append(replace(node, inputs=tuple(inputs)))
-        e.note(node, "input widened to 16 bits (codes times 256)", "HTP's input and output widths must be equal")
-    else:
-        wide = TensorType(y.shape, "u16", QParams(y.q.scale / np.float32(256), y.q.zero * 256))
-        made = replace(node, output=f"{node.output}.output16")
-        e.put(made, wide)
-        e.nodes.append(Node("requantize", (made.output,), node.output, {}, node.source))
-        e.note(node, "computed with 16-bit output, then requantized", "HTP's input and output widths must be equal")
-
-
-def _finer_bias(e: _Editor, node: Node) -> str:
-    """The bias at 1/256 of its scale, as the widened input demands."""
-    bias = e.graph.values[node.inputs[2]]
-    assert bias.data is not None and bias.type.q is not None
-    codes = np.clip(bias.data.astype(np.int64) * 256, *RANGE["i32"]).astype(np.int32)
-    kind = replace(bias.type, q=replace(bias.type.q, scale=bias.type.q.scale / np.float32(256)))
-    return e.const(f"{bias.name}.finer", kind, codes)
 
 
 def _layer_norm(e: _Editor, node: Node) -> None:
     """A uint8 gain, and an int32 bias with one scale (s_x * s_gain): the only form with an integer kernel."""
+    if node.op != "layer_norm":
+        e.put(node)
+        return
     x, gain, bias = (e.graph.values[name] for name in node.inputs)
     assert x.type.q is not None and gain.data is not None and bias.data is not None
     assert gain.type.q is not None and bias.type.q is not None
     q, codes = gain.type.q, gain.data
     if gain.type.dtype != "u8":
-        real = gain.type.q.dequantize(gain.data)
+        real = q.dequantize(codes)
         low, high = min(float(real.min()), 0.0), max(float(real.max()), 0.0)
         scale = np.float32((high - low) / 255)
         q = QParams(scale, int(np.rint(-low / np.float64(scale))))
         codes = q.quantize(real, "u8")
         e.note(node, "gain re-encoded as uint8", "HTP's integer kernel takes no 16-bit gain")
     single = QParams(x.type.q.scale * q.scale)
-    names = (
-        node.inputs[0],
-        e.const(f"{gain.name}.gain", TensorType(gain.type.shape, "u8", q), codes),
-        e.const(f"{bias.name}.bias", TensorType(bias.type.shape, "i32", single),
-                single.quantize(bias.type.q.dequantize(bias.data), "i32")),
-    )
-    e.nodes.append(replace(node, inputs=names))
+    offset = single.quantize(bias.type.q.dequantize(bias.data), "i32")
+    gain_name = e.const(f"{gain.name}.gain", TensorType(gain.type.shape, "u8", q), codes)
+    bias_name = e.const(f"{bias.name}.bias", TensorType(bias.type.shape, "i32", single), offset)
+    e.put(replace(node, inputs=(node.inputs[0], gain_name, bias_name)))
+
+
+def _widened(kind: TensorType) -> TensorType:
+    """The 16-bit encoding whose codes are 256 times the 8-bit ones: the same real numbers, exactly."""
+    assert kind.q is not None
+    return TensorType(kind.shape, "u16", QParams(kind.q.scale / np.float32(256), kind.q.zero * 256))
+
+
+def _equal_widths(e: _Editor, node: Node) -> None:
+    """y: u16 = op(a: u16, b: u8)   =>   b16 = requantize(b) (codes times 256); y = op(a, b16)
+    y: u8 = op(a: u16)          =>   y16: u16 = op(a); y = requantize(y16)"""
+    op, out = OPS[node.op], e.graph.type(node.output)
+    first_only = op.numerics in ("dot", "norm")
+    acts = [i for i in range(len(node.inputs)) if op.port(i).role == ACT and not (first_only and i)]
+    widths = {e.graph.type(node.inputs[i]).dtype for i in acts} | {out.dtype}
+    if op.numerics == "move" or node.op == "requantize" or len(widths) == 1:
+        e.put(node)
+        return
+    names = list(node.inputs)
+    for i in acts:
+        value = e.graph.values[names[i]]
+        if value.type.dtype == "u8":
+            wide = _widened(value.type)
+            if value.data is not None:
+                names[i] = e.const(f"{names[i]}.wide", wide, value.data.astype(np.uint16) * np.uint16(256))
+            else:
+                made = f"{node.output}.input{i}"
+                names[i] = e.put(Node("requantize", (names[i],), made, {}, node.source), wide)
+            if op.numerics == "dot" and len(names) == 3:
+                names[2] = _finer_bias(e, node)
+    what = "8-bit inputs widened (codes times 256)"
+    if out.dtype == "u16":
+        e.put(replace(node, inputs=tuple(names)))
+    else:
+        attrs = dict(node.attrs)
+        if clamp_codes(e.graph.view(node)) == RANGE["u8"]:
+            attrs.pop("clamp", None)
+        made = f"{node.output}.output16"
+        e.put(replace(node, inputs=tuple(names), output=made, attrs=attrs), _widened(out))
+        e.put(Node("requantize", (made,), node.output, {}, node.source))
+        what = "computed with a 16-bit output, then requantized"
+    e.note(node, what, "HTP computes mixed widths in float16")
+
+
+def _finer_bias(e: _Editor, node: Node) -> str:
+    """The bias at 1/256 of its scale, as a widened input demands."""
+    bias = e.graph.values[node.inputs[2]]
+    assert bias.data is not None and bias.type.q is not None
+    codes = np.clip(bias.data.astype(np.int64) * 256, *RANGE["i32"]).astype(np.int32)
+    q = replace(bias.type.q, scale=bias.type.q.scale / np.float32(256))
+    return e.const(f"{bias.name}.finer", replace(bias.type, q=q), codes)
 
 
 def _transpose(e: _Editor, node: Node) -> None:
@@ -130,23 +154,14 @@ def _transpose(e: _Editor, node: Node) -> None:
     ONNX Runtime strips such a transpose of its encodings, and HTP takes bare uint8 tensors at rank 4 only."""
     kind, shape = e.graph.type(node.output), e.graph.type(node.inputs[0]).shape
     bare = node.inputs[0] in e.graph.inputs and node.output in e.graph.outputs
-    if not bare or len(shape) != 3:
-        e.nodes.append(node)
+    if node.op != "transpose" or not bare or len(shape) != 3:
+        e.put(node)
         return
     wide, moved = f"{node.output}.rank4", f"{node.output}.moved"
     perm = (0, *(axis + 1 for axis in node.attrs["perm"]))
     e.put(Node("reshape", node.inputs, wide, {"shape": (1, *shape)}, node.source), replace(kind, shape=(1, *shape)))
     e.put(Node("transpose", (wide,), moved, {"perm": perm}, node.source), replace(kind, shape=(1, *kind.shape)))
-    e.nodes.append(Node("reshape", (moved,), node.output, {"shape": kind.shape}, node.source))
-
-
-EDITS: dict[str, Callable[[_Editor, Node], None]] = {
-    "silu": _split_silu,
-    "linear": _equal_widths,
-    "conv2d": _equal_widths,
-    "layer_norm": _layer_norm,
-    "transpose": _transpose,
-}
+    e.put(Node("reshape", (moved,), node.output, {"shape": kind.shape}, node.source))
 
 
 def refusals(graph: Graph, target: Target) -> list[Reason]:

@@ -10,9 +10,11 @@ from edgeforge.passes.fuse import fuse_batch_norm, fuse_clamp, fuse_silu
 from edgeforge.passes.gelu import fuse_gelu
 from edgeforge.passes.moves import bound_masks, hoist_scale, merge_moves
 from edgeforge.passes.norm import fuse_norm
+from edgeforge.passes.pool import keep_pooled_axes
 
 OPTIMIZE = (
     fold_constants,
+    keep_pooled_axes,
     merge_moves,
     hoist_scale,
     fuse_norm,
