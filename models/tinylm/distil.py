@@ -9,6 +9,7 @@ disagree, the remainder of the token keeps its plain label.
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -31,11 +32,7 @@ class Pieces:
             return found
         parts = [c.encode() for c in word]
         while True:
-            pairs = [
-                (self.score[a + b][0], -i)
-                for i, (a, b) in enumerate(zip(parts[:-1], parts[1:], strict=True))
-                if a + b in self.score
-            ]
+            pairs = [(self.score[a + b][0], -i) for i, (a, b) in enumerate(pairwise(parts)) if a + b in self.score]
             if not pairs:
                 break
             i = -max(pairs)[1]
@@ -79,6 +76,7 @@ class Trie:
         self.token, self.token_at = flat(tokens_of)
         self.branch, _ = flat(branch_of)
         self.piece, self.piece_at = flat(pieces_of)
+        self.ends = torch.tensor([0.0 if 0 not in b else 1.0 for b in branch_of])  # does a token end at the node
         self.first = torch.zeros(len(tokens), dtype=torch.int64)
         self.first[self.token[: self.token_at[1]]] = self.branch[: self.token_at[1]]
 
@@ -141,13 +139,15 @@ class Trie:
         rank = torch.arange(len(owner)) - (start[owner] - owner)
         value = teacher[deep[owner, 2], self.piece[child]]
         want[start[owner] + 1 + rank] = value
-        want[start] = (1 - torch.zeros(len(deep)).index_add(0, owner, value)).clamp(min=0)
+        given = torch.zeros(len(deep)).index_add(0, owner, value)
+        want[start] = (1 - given).clamp(min=0) * self.ends[deep[:, 1]]
+        given = given + want[start]
         entry, place = spread(self.token_at, deep[:, 1])
         share = probs[deep[entry, 0], self.token[place]]
         branch = torch.zeros(width).index_add(0, start[entry] + self.branch[place], share)
         whole = torch.zeros(len(deep)).index_add(0, entry, share)
         total = total - (want * (branch + EPS).log()).sum()
-        total = total + (whole + EPS).log().sum()
+        total = total + (given * (whole + EPS).log()).sum()
         # Plain labels that count from a deeper node only.
         rows = (hard > 0).nonzero()[:, 0]
         entry, place = spread(self.token_at, hard[rows])
