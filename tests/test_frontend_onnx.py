@@ -125,7 +125,7 @@ SINGLE = {
     "reduce": ([node("ReduceMean", "x a", "m"), node("ReduceSum", "m b", "y", keepdims=0)], {"a": [3], "b": [2]}),
     "softmax of one axis": ([node("Softmax", "x", "y", axis=1)], {}),
     "constants are folded": (
-        [node("ConstantOfShape", "n", "o"), node("Cos", "o", "c"), node("Mul", "x c", "y")],
+        [node("ConstantOfShape", "n", "o"), node("Cos", "o", "c"), node("Sub", "x c", "y")],
         {"n": np.array([8])},
     ),
     "division, power, root": (

@@ -183,7 +183,7 @@ class _Importer:
         inputs = [self.env.get(name) for name in node.input]
         if any(name and value is None for name, value in zip(node.input, inputs, strict=True)):
             return [None] * len(node.output)  # follows a refused node
-        attrs = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        attrs = _attributes(node)
         if node.op_type == "QuantizeLinear" and isinstance(inputs[0], Act):
             return [self.quantize(attrs, *inputs)]
         if node.op_type == "DequantizeLinear":
@@ -216,7 +216,12 @@ class _Importer:
             if math.prod(max(number, 1.0) for number in numbers) > LARGEST:
                 raise Refused("makes a constant of more than 2**28 elements", "store less, or export again")
         feeds = {name: value.data for name, value in zip(node.input, inputs, strict=True) if name}
-        opsets = [helper.make_opsetid(domain, version) for domain, version in self.opsets.items()]
+        versions = dict(self.opsets)
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            # onnx.reference knows these from 19 on (same meaning); ONNX Runtime's own domain has the 16-bit ones.
+            versions[""] = max(versions.get("", 1), 21)
+            node = helper.make_node(node.op_type, node.input, node.output, **_attributes(node))
+        opsets = [helper.make_opsetid(domain, version) for domain, version in versions.items()]
         infos = [
             helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(data.dtype), data.shape)
             for name, data in feeds.items()
@@ -247,6 +252,10 @@ class _Importer:
             act = self.g.rename(self.g.emit("requantize", act), node.output[0])
         self.g.encodings[act.name] = kind
         return act
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
 
 
 def _shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:

@@ -126,15 +126,17 @@ def htp_bias(n: NodeView, divisor: int) -> Constants:
 
 
 def htp_ratio(n: NodeView) -> Array:
-    """float32 (s_x * s_w) * (1 / s_y), as float64 [C] or [1]."""
-    product = _f32(n.q(0).scale * _f32(channel_scale(n.q(1)).reshape(-1)))
-    return (product * _f32(np.float32(1) / n.q(-1).scale)).astype(np.float64)
+    """float32 ((s_x * max s_w) / s_y) * (s_w / max s_w), as float64 [C] or [1]."""
+    scales = _f32(channel_scale(n.q(1)).reshape(-1))
+    widest = scales.max()
+    tensor = _f32(_f32(n.q(0).scale * widest) / n.q(-1).scale)
+    return _f32(tensor * _f32(scales / widest)).astype(np.float64)
 
 
 def _derive_htp8(n: NodeView) -> Constants:
     s = htp_ratio(n)
     shift = -_ceil_log2(s) - 3
-    return with_range(n, mult=np.rint(np.ldexp(s, shift + 15)).astype(np.int64), shift=shift, **htp_bias(n, 1))
+    return with_range(n, mult=np.floor(np.ldexp(s, shift + 15) + 0.5).astype(np.int64), shift=shift, **htp_bias(n, 1))
 
 
 def _apply_htp8(n: NodeView, acc: Array) -> Array:
@@ -146,7 +148,9 @@ def _apply_htp8(n: NodeView, acc: Array) -> Array:
 def _derive_htp8_dw2(n: NodeView) -> Constants:
     s = htp_ratio(n)
     shift = 15 - _ceil_log2(s)
-    offset = np.rint(n.q(-1).zero / s).astype(np.int64)
+    bias = np.zeros(s.shape, np.int64) if n.arity < 3 else np.asarray(n.data(2), np.int64)
+    folded = _f32(_f32(bias) + _f32(n.q(-1).zero / s))
+    offset = np.floor(folded.astype(np.float64) + 0.5).astype(np.int64) - bias
     return with_range(n, mult=np.rint(np.ldexp(s, shift)).astype(np.int64), shift=shift, offset=offset)
 
 
@@ -158,10 +162,7 @@ def _apply_htp8_dw2(n: NodeView, acc: Array) -> Array:
 
 
 def _derive_htp16(n: NodeView) -> Constants:
-    scales = _f32(channel_scale(n.q(1)).reshape(-1))
-    widest = scales.max()
-    tensor = _f32(_f32(n.q(0).scale * widest) / n.q(-1).scale)
-    s = 256 * (tensor * _f32(scales / widest)).astype(np.float64)
+    s = 256 * htp_ratio(n)
     shift = -_ceil_log2(s) - 7
     mult = np.floor(np.ldexp(s, shift + 29) + 0.5).astype(np.int64)
     return with_range(n, mult=mult, shift=shift, **htp_bias(n, 256))

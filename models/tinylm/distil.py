@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 EPS = 1e-12
-Visit = tuple[int, int, int]  # (row of the student's logits, node, position of the teacher's logits)
+Visit = tuple[int, int, int, int]  # row of the student's logits, node, position of the teacher's, node just left
 
 
 class Pieces:
@@ -77,6 +77,11 @@ class Trie:
         self.branch, _ = flat(branch_of)
         self.piece, self.piece_at = flat(pieces_of)
         self.ends = torch.tensor([0.0 if 0 not in b else 1.0 for b in branch_of])  # does a token end at the node
+        # A token ended at a node only if none of the node's children came next.
+        self.allowed = torch.ones(len(self.children), len(self.children[0]))
+        for n, kids in enumerate(self.children[1:], 1):
+            for i, k in enumerate(self.children[0]):
+                self.allowed[n, i] = float(k not in kids)
         self.first = torch.zeros(len(tokens), dtype=torch.int64)
         self.first[self.token[: self.token_at[1]]] = self.branch[: self.token_at[1]]
 
@@ -85,7 +90,7 @@ class Trie:
 
         ids: the student's tokens of ``text``; row: index of the logits that predict the first of them."""
         cut = self.pieces(" " + text)
-        start, at = {0: 0}, -1
+        start, at, left = {0: 0}, -1, -1
         for j, (_, size) in enumerate(cut):
             at += size
             start[at] = j + 1
@@ -94,9 +99,10 @@ class Trie:
             piece_text = self.tokens[t]
             size = len(piece_text.encode()) if piece_text else 1
             end, node, j = byte + size, 0, start.get(byte, -1)
-            if byte == 0 or j < 0 or not piece_text:
+            follows = left >= 0 and j >= 0 and cut[j][0] not in self.children[left]
+            if not follows or not piece_text or piece_text[0].isalnum():
                 hard.append((row + i, 0))
-                byte = end
+                byte, left = end, self.node[t] if piece_text and end in start else -1
                 continue
             at, done = byte, False
             while j < len(cut):
@@ -105,19 +111,19 @@ class Trie:
                 if at == end:
                     done = piece not in self.children[node]
                     if done and self.children[node]:
-                        visits.append((row + i, node, j))
+                        visits.append((row + i, node, j, left if node == 0 else 0))
                     break
                 if not inside:
                     break
-                visits.append((row + i, node, j))
+                visits.append((row + i, node, j, left if node == 0 else 0))
                 node, at, j = self.children[node][piece], at + length, j + 1
             hard.append((row + i, -1 if done else node))
-            byte = end
+            byte, left = end, self.node[t] if done or end in start else -1
         return [p for p, _ in cut], visits, hard
 
     def loss(self, logits: Tensor, targets: Tensor, teacher: Tensor, visits: Tensor, hard: Tensor) -> Tensor:
-        """Sum over tokens. logits [N, V]; targets [N]; teacher: probabilities [M, pieces]; visits [K, 3] (row of
-        logits, node, row of teacher); hard [N]: the node from where the plain label counts, -1 nowhere, -2 ignored."""
+        """Sum over tokens. logits [N, V]; targets [N]; teacher: probabilities [M, pieces]; visits [K, 4] with rows
+        of both; hard [N]: the node from where the plain label counts, -1 nowhere, -2 ignored."""
         logp = F.log_softmax(logits, -1)
         probs = logp.exp()
         total = logits.new_zeros(())
@@ -126,8 +132,10 @@ class Trie:
         root = visits[visits[:, 1] == 0]
         kids = self.piece[: self.piece_at[1]]
         mass = torch.zeros(len(logits), len(kids) + 1).index_add(1, self.first, probs)
-        want = teacher[root[:, 2]][:, kids]
-        want = torch.cat([(1 - want.sum(1, keepdim=True)).clamp(min=0), want], 1)
+        want = teacher[root[:, 2]][:, kids] * self.allowed[root[:, 3]]
+        rest = (teacher[root[:, 2]].sum(1) - teacher[root[:, 2]][:, kids].sum(1)).clamp(min=0)[:, None]
+        want = torch.cat([rest, want], 1)
+        want = want / want.sum(1, keepdim=True)
         total = total - (want * (mass[root[:, 0]] + EPS).log()).sum()
         # Deeper nodes: the student's branches, each against the mass of its node.
         deep = visits[visits[:, 1] != 0]
