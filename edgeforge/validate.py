@@ -50,12 +50,12 @@ def validate(
 ) -> list[Result]:
     """Run every built artifact. data: None takes the bundle's golden vectors (whose float outputs it holds);
     other data needs ``float_graph`` for the float figures (None leaves them empty)."""
-    real, labels = (bundle.golden_part("real"), None) if data is None else (data.stacked(), data.labels)
-    codes = quantize_feeds(bundle.graph, real)
-    reference = bundle.golden_part("float") if data is None else None
-    if float_graph is not None and data is not None:
-        say("float model")
-        reference = _batched(real, lambda part: run_float(float_graph, part))
+    labels = None if data is None else data.labels
+    if data is None:
+        codes, reference = bundle.golden_part("input"), bundle.golden_part("float")
+    else:
+        say(f"reading {len(data)} samples of {data.name}" + (" and running the float model" if float_graph else ""))
+        codes, reference = _read(bundle.graph, data, float_graph)
     expected: dict[str, dict[str, np.ndarray]] = {}
     results = []
     for name, record in bundle.manifest.backends.items():
@@ -72,7 +72,11 @@ def validate(
             expected[profile] = _batched(codes, lambda part, graph=graph: simulate(graph, part))
         say(name)
         try:
-            got = expected[profile] if name == "simulator" else chosen.run(bundle.artifact(name), bundle.graph, bundle.target, codes)
+            got = (
+                expected[profile]
+                if name == "simulator"
+                else chosen.run(bundle.artifact(name), bundle.graph, bundle.target, codes)
+            )
         except (MissingDependency, BackendFailed) as error:
             results.append(Result(name, False, str(error)))
             continue
@@ -83,10 +87,27 @@ def validate(
     return results
 
 
-def _batched(feeds: dict[str, np.ndarray], run: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    count = len(next(iter(feeds.values())))
-    parts = [run({k: v[i : i + BATCH] for k, v in feeds.items()}) for i in range(0, count, BATCH)]
+def _read(
+    graph: Graph, data: Dataset, float_graph: Graph | None
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray] | None]:
+    """Input codes and float outputs of all samples; the real inputs are never all in memory."""
+    codes, outputs = [], []
+    for batch in data.batches(BATCH):
+        codes.append(quantize_feeds(graph, batch))
+        if float_graph is not None:
+            outputs.append(run_float(float_graph, batch))
+    return _joined(codes), _joined(outputs) if outputs else None
+
+
+def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _batched(
+    feeds: dict[str, np.ndarray], run: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    count = len(next(iter(feeds.values())))
+    return _joined([run({k: v[i : i + BATCH] for k, v in feeds.items()}) for i in range(0, count, BATCH)])
 
 
 def _compare(bundle: Bundle, name: str, got: Any, expected: Any, reference: Any, islands: bool) -> Result:
@@ -104,6 +125,7 @@ def _compare(bundle: Bundle, name: str, got: Any, expected: Any, reference: Any,
 def _metric(bundle: Bundle, got: Any, reference: Any, labels: np.ndarray | None, codes: Any) -> dict[str, Any] | None:
     kind, output = bundle.recipe.metric, bundle.graph.outputs[0]
     if kind == "top1" and labels is not None:
+
         def measure(logits: np.ndarray) -> float:
             return float((logits[:, bundle.recipe.class_offset :].argmax(1) == labels).mean())
     elif kind == "perplexity":
