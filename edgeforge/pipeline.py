@@ -28,6 +28,7 @@ from edgeforge.passes import optimize
 from edgeforge.quantize.assign import assign
 from edgeforge.quantize.calibrate import calibrate
 from edgeforge.quantize.convert import convert
+from edgeforge.quantize.correct import correct_biases
 from edgeforge.quantize.keep import plan_from
 from edgeforge.recipe import Precision, Recipe
 from edgeforge.report import bundle_readme, quantization_report
@@ -74,7 +75,11 @@ def quantize(model: Model, recipe: Recipe, target: Target, data: Dataset, requan
         graph, _Batches(samples), recipe.calibration.method, lambda name: bits, recipe.calibration.percentile
     )
     plan = assign(graph, ranges, recipe, target)
-    return convert(graph, plan, target.numerics, recipe.weights)
+    quantized = convert(graph, plan, target.numerics, recipe.weights)
+    if recipe.bias_correction:
+        corrected = correct_biases(graph, quantized, data.head(recipe.bias_correction).stacked())
+        quantized = convert(corrected, plan, target.numerics, recipe.weights)
+    return quantized
 
 
 class _Batches:

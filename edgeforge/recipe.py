@@ -85,11 +85,13 @@ class Bounds(Closed):
 
 
 class Recipe(Closed):
-    """Every choice of a quantization. ``bounds`` is keyed by backend, ``*`` for all others."""
+    """Every choice of a quantization. ``bias_correction``: samples to measure the shift of means on, 0 for none (see
+    `quantize.correct`). ``bounds`` is keyed by backend, ``*`` for all others."""
 
     precision: PrecisionName = "w8a8"
     calibration: Calibration = Calibration()
     weights: Literal["minmax", "mse"] = "minmax"
+    bias_correction: int = Field(0, ge=0)
     overrides: tuple[Override, ...] = ()
     data: ImageData | TextData | None = Field(None, discriminator="kind")
     metric: Literal["top1", "perplexity"] | None = None

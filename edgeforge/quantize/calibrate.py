@@ -34,7 +34,8 @@ def calibrate(
         low, high = float(values.min()), float(values.max())
         if not np.isfinite(low) or not np.isfinite(high):
             raise InvalidInput(
-                f"calibration sample {number}: {name} holds NaN or infinity -> remove the sample or fix the preprocessing"
+                f"calibration sample {number}: {name} holds NaN or infinity"
+                " -> remove the sample or fix the preprocessing"
             )
         if name in seen:
             low, high = min(low, seen[name][0]), max(high, seen[name][1])

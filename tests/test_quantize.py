@@ -1,0 +1,49 @@
+"""Methods that choose weights, biases and ranges."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from edgeforge.frontend.torch import from_module
+from edgeforge.ir.graph import Graph
+from edgeforge.passes import optimize
+from edgeforge.quantize.assign import assign
+from edgeforge.quantize.calibrate import calibrate
+from edgeforge.quantize.convert import convert
+from edgeforge.quantize.correct import correct_biases
+from edgeforge.recipe import Recipe
+from edgeforge.sim.evaluate import dequantize_outputs, quantize_feeds, run_float, simulate
+from edgeforge.target import load_target
+
+
+class Cancelling(torch.nn.Module):
+    """Large weights on inputs far from zero whose sum is small: rounding the weights moves the output's mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.first = torch.nn.Conv2d(4, 8, 3, padding=1)
+        self.second = torch.nn.Linear(8, 3, bias=False)
+        for p in self.parameters():
+            p.data = torch.randn(p.shape, generator=generator)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.relu(self.first(x)).mean((2, 3)))
+
+
+def test_bias_correction_returns_the_mean_that_rounding_took() -> None:
+    x = np.random.default_rng(1).uniform(3, 5, (16, 4, 6, 6)).astype(np.float32)
+    graph = optimize(from_module(Cancelling().eval(), (torch.zeros(1, 4, 6, 6),), "cancelling").graph)
+    target, recipe = load_target("snapdragon-8-gen-3"), Recipe(precision="w4a16")
+    plan = assign(graph, calibrate(graph, [{graph.inputs[0]: x}]), recipe, target)
+    plain = convert(graph, plan, target.numerics)
+    corrected = convert(correct_biases(graph, plain, {graph.inputs[0]: x}), plan, target.numerics)
+    wanted = run_float(graph, {graph.inputs[0]: x})[graph.outputs[0]]
+
+    def shift(integer: Graph) -> np.ndarray:
+        codes = simulate(integer, quantize_feeds(integer, {graph.inputs[0]: x}))
+        return np.abs((dequantize_outputs(integer, codes)[graph.outputs[0]] - wanted).mean(0)) / np.abs(wanted).max()
+
+    assert shift(plain).max() > 0.005
+    assert shift(corrected).max() < 0.001
