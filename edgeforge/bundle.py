@@ -93,8 +93,8 @@ class Manifest(Closed):
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle on disk, verified. ``golden``: per input ``input/<name>`` codes and ``real/<name>`` reals (if float), per output
-    ``float/<name>`` (float model) and ``output/<name>`` (the simulator's integers)."""
+    """A bundle on disk, verified. ``golden``: per input ``input/<name>`` codes and ``real/<name>`` values, per
+    output ``float/<name>`` (float model) and ``output/<name>`` (the simulator's integers)."""
 
     path: Path
     manifest: Manifest
@@ -198,7 +198,9 @@ def load_bundle(path: Path) -> Bundle:
         if not file.is_file():
             raise InvalidInput(f"bundle {path}: {name} is missing -> export again")
         if file_hash(file) != expected:
-            raise InvalidInput(f"bundle {path}: {name} is not the file that was written (sha256 differs) -> export again")
+            raise InvalidInput(
+                f"bundle {path}: {name} is not the file that was written (sha256 differs) -> export again"
+            )
     graph = verify(parse_graph((path / "graph.txt").read_text(), load_arrays(path / "graph.safetensors")))
     if graph.hash() != manifest.graph_hash:
         raise InvalidInput(f"bundle {path}: graph.txt is not the graph of the manifest -> export again")
@@ -216,7 +218,9 @@ def _read_manifest(path: Path) -> Manifest:
         raise InvalidInput(f"bundle {path}: {MANIFEST} is damaged: {error}") from None
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA:
-        raise InvalidInput(f"bundle {path}: schema version {version!r}, this EdgeForge reads {SCHEMA} -> use the version that wrote it")
+        raise InvalidInput(
+            f"bundle {path}: schema version {version!r}, this EdgeForge reads {SCHEMA} -> use the version that wrote it"
+        )
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:

@@ -31,7 +31,9 @@ def _table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
 
     table = Table(*columns, title=title)
     for row in rows:
-        table.add_row(*("-" if cell is None else f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row))
+        table.add_row(
+            *("-" if cell is None else f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row)
+        )
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
@@ -40,7 +42,9 @@ def export(
     model: str,
     target: Annotated[str, typer.Option(help="a name of `edgeforge targets`, or a YAML file")],
     out: Annotated[Path, typer.Option(help="folder of the bundle")],
-    calibration: Annotated[str | None, typer.Option(help=".npz, image folder, .txt, module:callable, embedded or random")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help=".npz, image folder, .txt, module:callable, embedded or random")
+    ] = None,
     precision: Annotated[str | None, typer.Option(help="w8a8, w8a16, w4a8, w4a16, with -b16|32|64 block-wise")] = None,
     backend: Annotated[list[str] | None, typer.Option(help="build only this backend (repeatable)")] = None,
     recipe: Annotated[Path | None, typer.Option(help="recipe YAML")] = None,
@@ -52,9 +56,14 @@ def export(
     from edgeforge.pipeline import export as run
 
     if calibration is None:
-        raise InvalidInput("export needs data to find ranges -> --calibration DATA (or --calibration random, stamped uncalibrated)")
+        raise InvalidInput(
+            "export needs data to find ranges -> --calibration DATA (or --calibration random, stamped uncalibrated)"
+        )
     bundle = run(model, target, out, calibration, precision, backend or (), recipe, set or (), requantize, _say)
-    rows = [[name, r.status, r.reason or f"{len(r.files)} files, {len(r.islands)} float islands"] for name, r in bundle.manifest.backends.items()]
+    rows = [
+        [name, r.status, r.reason or f"{len(r.files)} files, {len(r.islands)} float islands"]
+        for name, r in bundle.manifest.backends.items()
+    ]
     stamp = "" if bundle.manifest.calibrated else " (UNCALIBRATED)"
     _table(f"{out}: {bundle.manifest.precision} for {bundle.target.name}{stamp}", ["backend", "status", "detail"], rows)
 
@@ -86,7 +95,9 @@ def validate(
         for r in results:
             metric = r.metric or {"name": None, "value": None, "float": None}
             how = r.source if r.ran else r.reason
-            rows.append([r.backend, r.ran, r.identical, r.max_lsb, r.sqnr_db, r.cosine, metric["value"], metric["float"], how])
+            rows.append(
+                [r.backend, r.ran, r.identical, r.max_lsb, r.sqnr_db, r.cosine, metric["value"], metric["float"], how]
+            )
         _table(f"{opened.manifest.model} {opened.manifest.precision}", columns, rows)
     for result in results:
         for miss in result.misses:
@@ -113,7 +124,9 @@ def simulate(
     opened = load_bundle(bundle)
     feeds = load_data(input, opened.graph, opened.recipe, bundle).stacked()
     seen: dict[str, Any] = {}
-    codes = run(opened.graph, quantize_feeds(opened.graph, feeds), None, lambda node, x: seen.setdefault(node.output, x) is None)
+    codes = run(
+        opened.graph, quantize_feeds(opened.graph, feeds), None, lambda node, x: seen.setdefault(node.output, x) is None
+    )
     np.savez(output, **codes)
     if trace is not None:
         trace.mkdir(parents=True, exist_ok=True)
@@ -149,13 +162,15 @@ def targets(as_json: Json = False) -> None:
 def ops(as_json: Json = False) -> None:
     """The op support matrix: rounding rule and its status per numerics profile."""
     import edgeforge.ops  # noqa: F401
-    from edgeforge.ir.fixed import PROFILES, RULES
     from edgeforge.ir.op import OPS
+    from edgeforge.ir.rules import PROFILES, RULES
 
     rows = []
     for op in sorted(OPS.values(), key=lambda op: op.name):
-        rules = {p: PROFILES[p][op.numerics][0] if op.numerics != "move" else "move" for p in PROFILES}
-        status = {p: f"{rule} ({RULES[rule].status})" if rule in RULES else "exact (moves codes)" for p, rule in rules.items()}
+        rules = {p: PROFILES[p]["u8"][op.numerics] if op.numerics != "move" else "move" for p in PROFILES}
+        status = {
+            p: f"{rule} ({RULES[rule].status})" if rule in RULES else "exact (moves codes)" for p, rule in rules.items()
+        }
         rows.append({"op": op.name, "doc": (op.doc or "").strip(), "numerics": status})
     if as_json:
         _print({"ops": rows})
@@ -173,7 +188,9 @@ def doctor(as_json: Json = False) -> None:
     if as_json:
         _print({"tools": tool_versions(), "backends": found})
     else:
-        _table("backends here", ["backend", "works", "remedy"], [[f["backend"], f["works"], f["reason"]] for f in found])
+        _table(
+            "backends here", ["backend", "works", "remedy"], [[f["backend"], f["works"], f["reason"]] for f in found]
+        )
 
 
 def main() -> None:
@@ -187,7 +204,10 @@ def main() -> None:
         print("interrupted: nothing was written", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        print(f"{error.filename or 'file system'}: {error.strerror} -> free space or choose another folder", file=sys.stderr)
+        print(
+            f"{error.filename or 'file system'}: {error.strerror} -> free space or choose another folder",
+            file=sys.stderr,
+        )
         sys.exit(2)
 
 

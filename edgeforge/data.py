@@ -50,8 +50,8 @@ def load_data(source: str | Path | Mapping[str, np.ndarray], graph: Graph, recip
     """The data that ``source`` names, shaped for the inputs of ``graph``.
 
     source: arrays by input name, a .npz, a folder of images (needs ``data: {kind: image}`` in the recipe; labels from
-    a labels.csv with columns file,label in it or beside it), a .txt file (``data: {kind: text}``), or "random" (standard
-    normal numbers, uniform ids). base: folder of the recipe. Raises InvalidInput naming what is missing."""
+    a labels.csv with columns file,label in it or beside it), a .txt file (``data: {kind: text}``), or "random"
+    (standard normal numbers, uniform ids). base: folder of the recipe. Raises InvalidInput naming what is missing."""
     if isinstance(source, Mapping):
         return from_arrays("arrays", source, graph)
     if source == "random":
@@ -60,7 +60,9 @@ def load_data(source: str | Path | Mapping[str, np.ndarray], graph: Graph, recip
     if path.is_dir():
         return _from_images(path, graph, recipe)
     if not path.is_file():
-        raise InvalidInput(f"data {str(source)!r}: no such file or folder -> a .npz, a folder of images, a .txt, or module:callable")
+        raise InvalidInput(
+            f"data {str(source)!r}: no such file or folder -> a .npz, a folder of images, a .txt, or module:callable"
+        )
     if path.suffix == ".npz":
         return from_arrays(path.name, _read_npz(path), graph)
     if path.suffix in (".txt", ".json"):
@@ -85,13 +87,16 @@ def from_arrays(name: str, arrays: Mapping[str, np.ndarray], graph: Graph) -> Da
     for key in graph.inputs:
         kind, array = graph.type(key), np.asarray(arrays[key])
         if array.ndim != len(kind.shape) or array.shape[1:] != kind.shape[1:]:
-            raise InvalidInput(f"data {name}: {key} is {array.shape}, the model takes [N{', ' if kind.shape[1:] else ''}{', '.join(map(str, kind.shape[1:]))}]")
+            wanted = ", ".join(["N", *map(str, kind.shape[1:])])
+            raise InvalidInput(f"data {name}: {key} is {array.shape}, the model takes [{wanted}]")
         if kind.dtype == "i64" and array.dtype.kind not in "iu":
             raise InvalidInput(f"data {name}: {key} holds {array.dtype}, the model takes integer ids")
         feeds[key] = array
     sizes = {len(array) for array in feeds.values()}
     if len(sizes) != 1 or not sizes.copy().pop():
-        raise InvalidInput(f"data {name}: inputs hold {sorted(sizes)} samples -> the same number, at least one, for each")
+        raise InvalidInput(
+            f"data {name}: inputs hold {sorted(sizes)} samples -> the same number, at least one, for each"
+        )
     labels = np.asarray(arrays["labels"], np.int64) if "labels" in arrays else None
     real = {key: NUMPY["i64" if graph.type(key).dtype == "i64" else "f32"] for key in feeds}
 
@@ -176,7 +181,9 @@ def preprocess(file: Path, spec: ImageData) -> np.ndarray:
 def _from_text(path: Path, graph: Graph, recipe: Recipe, base: Path) -> Dataset:
     name = _only_input(graph, "text")
     if not isinstance(recipe.data, TextData):
-        raise InvalidInput(f"data {path.name}: the recipe has no tokenizer -> add data: {{kind: text, tokenizer: FILE}}")
+        raise InvalidInput(
+            f"data {path.name}: the recipe has no tokenizer -> add data: {{kind: text, tokenizer: FILE}}"
+        )
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -195,13 +202,15 @@ def load_tokenizer(path: Path) -> Any:
         raise InvalidInput(f"tokenizer {path}: no such file")
     try:
         return Tokenizer.from_file(str(path))
-    except Exception as error:  # noqa: BLE001 (the library raises bare Exception)
+    except Exception as error:
         raise InvalidInput(f"tokenizer {path.name} cannot be read: {error}") from None
 
 
 def windows(texts: list[str], tokenizer: Any, length: int) -> np.ndarray:
     """int64 [N, length]: per text non-overlapping windows, each led by the BOS token if the tokenizer has one."""
-    bos = next((i for t in ("<s>", "<|bos|>", "<bos>", "<|endoftext|>") if (i := tokenizer.token_to_id(t)) is not None), None)
+    bos = next(
+        (i for t in ("<s>", "<|bos|>", "<bos>", "<|endoftext|>") if (i := tokenizer.token_to_id(t)) is not None), None
+    )
     step = length if bos is None else length - 1
     rows = []
     for text in texts:

@@ -65,7 +65,8 @@ def load_model(name: str) -> Model:
         return Model(name.rpartition(":")[2], _from_torch(name, module, arguments), Path.cwd())
     near = difflib.get_close_matches(name, embedded(), 3, 0.4) or embedded()
     raise InvalidInput(
-        f"unknown model {name!r} -> an embedded model ({', '.join(near)}), a .onnx or .pt2 file, or package.module:callable"
+        f"unknown model {name!r} -> an embedded model ({', '.join(near)}), a .onnx or .pt2 file,"
+        " or package.module:callable"
     )
 
 

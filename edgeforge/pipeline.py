@@ -153,7 +153,8 @@ def export(
     base = model.base if recipe_file is None else recipe_file.parent
     data = find_data(calibration, "calibration", model, model.imported.graph, recipe, base)
     with writing(out) as folder:
-        say(f"calibrating on {min(len(data), recipe.calibration.samples)} samples of {data.name}")
+        used = min(len(data), recipe.calibration.samples)
+        say(f"calibrating on {used} samples of {data.name}")
         graph = quantize(model, recipe, target, data, requantize)
         write_core(folder, graph, recipe, target, golden_vectors(model.imported.graph, graph, data))
         _keep_tokenizer(recipe, base, folder)
@@ -164,7 +165,7 @@ def export(
             "target": target.name,
             "precision": recipe.precision,
             "calibrated": calibration != "random",
-            "calibration": f"{min(len(data), recipe.calibration.samples)} samples of {data.name}, {recipe.calibration.method}",
+            "calibration": f"{used} samples of {data.name}, {recipe.calibration.method}",
             "graph_hash": graph.hash(),
             "inputs": tuple(port(n, graph.type(n)) for n in graph.inputs),
             "outputs": tuple(port(n, graph.type(n)) for n in graph.outputs),
@@ -222,6 +223,3 @@ def exceptions(graph: Graph, recipe: Recipe) -> dict[str, str]:
         if node.op in ("linear", "conv2d") and graph.type(node.inputs[1]).dtype != precision.weights:
             found[node.inputs[1]] = graph.type(node.inputs[1]).dtype
     return found
-
-
-

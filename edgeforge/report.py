@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from edgeforge.ir.fixed import RULES
 from edgeforge.ir.graph import Graph
+from edgeforge.ir.rules import RULES
 from edgeforge.target import Target
 
 #: What a phone needs per backend, and the command that runs the artifact.
 PHONE = {
-    "simulator": ("nothing: this is EdgeForge's own evaluator", "edgeforge simulate . --input FILE.npz --output FILE.npz"),
+    "simulator": (
+        "nothing: this is EdgeForge's own evaluator",
+        "edgeforge simulate . --input FILE.npz --output FILE.npz",
+    ),
     "onnx_qdq": (
         "ONNX Runtime 1.32 (onnxruntime-android), session entry session.qdq_matmulnbits_accuracy_level=1",
         "adb push artifacts/onnx_qdq/model.onnx /data/local/tmp/edgeforge/",

@@ -10,9 +10,8 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from edgeforge.errors import InvalidInput
-from edgeforge.ir.fixed import PROFILES
+from edgeforge.ir.rules import PROFILES
 from edgeforge.resources import folder
-
 
 T = TypeVar("T", bound=BaseModel)
 

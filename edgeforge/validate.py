@@ -23,8 +23,9 @@ BATCH = 16
 
 @dataclass
 class Result:
-    """One artifact's agreement. identical: share of output integers equal to the simulator's under the runtime's rounding
-    rules; None where a float island feeds the output. sqnr_db, cosine: against the float model. source: how it ran."""
+    """One artifact's agreement. identical: share of output integers equal to the simulator's under the runtime's
+    rounding rules; None where a float island feeds the output. sqnr_db, cosine: against the float
+    model. source: how it ran."""
 
     backend: str
     ran: bool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import numpy as np
@@ -11,9 +12,9 @@ from hypothesis import strategies as st
 
 import edgeforge.ops  # noqa: F401
 from edgeforge.errors import EdgeForgeError, InvalidGraph, InvalidInput, Unsupported
-from edgeforge.ir.fixed import PROFILES
 from edgeforge.ir.graph import Graph, Node
 from edgeforge.ir.op import OPS
+from edgeforge.ir.rules import PROFILES
 from edgeforge.ir.text import parse_graph, print_graph, tensors
 from edgeforge.ir.types import QParams, TensorType, Value
 from edgeforge.ir.verify import verify
@@ -59,7 +60,9 @@ def network() -> Graph:
     y = b.node("clip", "relu6", y, low_real=0.0, high_real=6.0)
     z = b.node("conv2d", "dw", y, b.const("w2", 8, 1, 3, 3), b.const("b2", 8), **{**CONV, "groups": 8})
     y = b.node("add", "sum", y, z)
-    y = b.node("conv2d", "dw2", y, b.const("w4", 8, 1, 3, 3), b.const("b4", 8), **{**CONV, "groups": 8, "stride": (2, 2)})
+    y = b.node(
+        "conv2d", "dw2", y, b.const("w4", 8, 1, 3, 3), b.const("b4", 8), **{**CONV, "groups": 8, "stride": (2, 2)}
+    )
     y = b.node("reduce_mean", "mean", y, axes=(2, 3), keepdims=True)
     y = b.node("reshape", "flat", y, shape=(1, 8))
     return b.graph(b.node("linear", "logits", y, b.const("w3", 10, 8), b.const("b3", 10)))
@@ -177,10 +180,8 @@ def test_a_damaged_graph_text_is_an_error_and_never_a_traceback(data: st.DataObj
     text = list(print_graph(integer))
     for _ in range(data.draw(st.integers(1, 4))):
         text[data.draw(st.integers(0, len(text) - 1))] = data.draw(st.characters(max_codepoint=127))
-    try:
+    with contextlib.suppress(EdgeForgeError):
         verify(parse_graph("".join(text), tensors(integer)))
-    except EdgeForgeError:
-        pass
 
 
 _ONCE: list[Graph] = []
@@ -190,3 +191,8 @@ def quantized_once() -> Graph:
     if not _ONCE:
         _ONCE.append(quantized()[1])
     return _ONCE[0]
+
+
+def test_an_encoding_without_a_zero_point_is_named_with_its_line() -> None:
+    with pytest.raises(InvalidInput, match="line 2: bad encoding"):
+        parse_graph("graph g integer\nin %x: u8[1] q(0.5)\nout %x\n")

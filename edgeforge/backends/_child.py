@@ -20,9 +20,7 @@ from edgeforge.errors import BackendFailed
 TIMEOUT_S = 3600
 
 
-def in_child(
-    name: str, module: str, request: Mapping[str, Any], environment: Mapping[str, str] | None = None
-) -> None:
+def in_child(name: str, module: str, request: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> None:
     """Run ``python -m module REQUEST.json``. Its output goes to a log file, removed on success.
 
     Raises BackendFailed with the telling lines and the log's path when the child fails, aborts or hangs."""
@@ -90,5 +88,7 @@ def in_batches(
     pieces: list[Mapping[str, np.ndarray]] = []
     for i in range(total):
         at = {name: i if counts[name] > 1 else 0 for name in feeds}
-        pieces.append(run({name: a[at[name] * sizes[name] : (at[name] + 1) * sizes[name]] for name, a in feeds.items()}))
+        pieces.append(
+            run({name: a[at[name] * sizes[name] : (at[name] + 1) * sizes[name]] for name, a in feeds.items()})
+        )
     return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}

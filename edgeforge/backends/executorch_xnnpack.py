@@ -27,7 +27,11 @@ class ExecutorchXnnpack:
             found = importlib.metadata.version("executorch")
         except importlib.metadata.PackageNotFoundError:
             found = "none"
-        return "" if found == VERSION else f"executorch {VERSION} is needed, found {found} -> pip install 'edgeforge[executorch]'"
+        return (
+            ""
+            if found == VERSION
+            else f"executorch {VERSION} is needed, found {found} -> pip install 'edgeforge[executorch]'"
+        )
 
     cannot_run = missing
 
@@ -38,7 +42,9 @@ class ExecutorchXnnpack:
             where = node.source or node.output
             wide = {graph.type(name).dtype for name in (*node.inputs, node.output)} & {"u16", "i64"}
             if wide:
-                reasons.append(Reason(where, node.op, f"{', '.join(wide)} tensors do not lower to XNNPACK", "export at w8a8"))
+                reasons.append(
+                    Reason(where, node.op, f"{', '.join(wide)} tensors do not lower to XNNPACK", "export at w8a8")
+                )
             if any((q := graph.type(name).q) is not None and q.block for name in node.inputs):
                 reasons.append(Reason(where, node.op, "block-wise weights do not lower to XNNPACK", "export at w4a8"))
         return reasons

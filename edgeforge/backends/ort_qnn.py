@@ -1,7 +1,7 @@
 """ort_qnn: Qualcomm's HTP through ONNX Runtime's QNN execution provider; here on the emulator that comes with it.
 
-The artifact is the QDQ model and what Qualcomm's compiler made of it: an EPContext model that names a context binary for
-the target's chipset."""
+The artifact is the QDQ model and what Qualcomm's compiler made of it: an EPContext model that names a context binary
+for the target's chipset."""
 
 from __future__ import annotations
 

@@ -200,7 +200,7 @@ def _port(name: str, kind: TensorType) -> onnx.ValueInfoProto:
 
 def write_onnx(model: onnx.ModelProto, path: Path) -> tuple[str, ...]:
     """Write and check a model; returns the names of the files written (``<name>.data`` holds the initializers of a
-    model that exceeds a protobuf message). Raises onnx.checker.ValidationError when the dialect broke a rule of ONNX."""
+    model that exceeds a protobuf message). Raises onnx.checker.ValidationError when the dialect breaks a rule."""
     files = (path.name,)
     if sum(len(tensor.raw_data) for tensor in model.graph.initializer) > PROTO_LIMIT:
         files = (path.name, f"{path.name}.data")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.ao.quantization.fx._decomposed  # noqa: F401 (registers quantized_decomposed)
+import torch.ao.quantization.fx._decomposed
 from torch import nn
 
 from edgeforge.ir.graph import Graph, Node

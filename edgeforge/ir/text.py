@@ -1,10 +1,10 @@
 """The text form of a graph: printable, parseable, diffable. Arrays are named by shape and hash and live beside it.
 
-    graph digits integer
-    in %x: u8[1,1,8,8] q(0.0625, 0)
-    const %w: i8[8,1,3,3] q(#[8]:1f0c2a9b, 0, axis=0) = #[8,1,3,3]:9d2e11aa
-    %y: u8[1,8,8,8] q(0.031, 0) = conv2d(%x, %w, %b) {"groups": 1, ...} htp8 {"mult": "#[8]:77aa01cc", ...} ; conv1
-    out %y
+graph digits integer
+in %x: u8[1,1,8,8] q(0.0625, 0)
+const %w: i8[8,1,3,3] q(#[8]:1f0c2a9b, 0, axis=0) = #[8,1,3,3]:9d2e11aa
+%y: u8[1,8,8,8] q(0.031, 0) = conv2d(%x, %w, %b) {"groups": 1, ...} htp8 {"mult": "#[8]:77aa01cc", ...} ; conv1
+out %y
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ class _Parser:
         if text is None:
             return None
         # A digest holds commas inside its brackets, so split on ", ".
-        scale, zero, *rest = text.split(", ")
         try:
+            scale, zero, *rest = text.split(", ")
             options = {key: int(number) for key, number in (part.split("=") for part in rest)}
             data = self.array(f"{name}|scale", scale) if scale.startswith("#") else np.float32(scale)
             return QParams(data, int(zero), **options)
@@ -125,7 +125,8 @@ class _Parser:
 
     def parse(self) -> Graph:
         header, inputs, nodes, outputs, values = None, [], [], [], {}
-        for self.number, line in enumerate(self.lines, 1):
+        for number, line in enumerate(self.lines, 1):
+            self.number = number
             if not line.strip():
                 continue
             keyword, _, rest = line.partition(" ")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from edgeforge.errors import InvalidGraph
-from edgeforge.ir.fixed import RULES, channel_scale, dot_bound, expand_blocks
+from edgeforge.ir.fixed import channel_scale, dot_bound, expand_blocks
 from edgeforge.ir.graph import Graph, NodeView
 from edgeforge.ir.op import BIAS, OPS, WEIGHT
+from edgeforge.ir.rules import RULES
 from edgeforge.ir.types import NUMPY, RANGE, Value
 
 
@@ -102,7 +103,8 @@ def _check_integers(n: NodeView) -> None:
 
 
 def _check_dot(n: NodeView) -> None:
-    assert (codes := n.data(1)) is not None
+    codes = n.data(1)
+    assert codes is not None
     weights, bias = expand_blocks(n.q(1), codes), None
     if n.arity == 3:
         bias = n.data(2)

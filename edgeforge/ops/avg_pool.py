@@ -9,6 +9,7 @@ import numpy as np
 from edgeforge.ir.graph import NodeView
 from edgeforge.ir.op import Op, Port, move_cost, register
 
+
 def infer(n: NodeView) -> tuple[int, ...]:
     batch, channels, height, width = n.shape(0)
     (kh, kw), (sh, sw), (top, left, bottom, right) = n["kernel"], n["stride"], n["pads"]

@@ -9,6 +9,7 @@ import numpy as np
 from edgeforge.ir.graph import NodeView
 from edgeforge.ir.op import Op, Port, move_cost, register
 
+
 def infer(n: NodeView) -> tuple[int, ...]:
     axis, first = n["axis"], n.shape(0)
     for i in range(1, n.arity):

@@ -9,6 +9,7 @@ import numpy as np
 from edgeforge.ir.graph import NodeView
 from edgeforge.ir.op import Op, Port, move_cost, register
 
+
 def infer(n: NodeView) -> tuple[int, ...]:
     fits = np.broadcast_shapes(n.shape(0), n["shape"]) == tuple(n["shape"])
     n.require(fits, f"{n.shape(0)} does not expand to {n['shape']}")

@@ -9,6 +9,7 @@ import numpy as np
 from edgeforge.ir.graph import NodeView
 from edgeforge.ir.op import ACT, INDEX, Cost, Op, Port, register
 
+
 def infer(n: NodeView) -> tuple[int, ...]:
     n.require(len(n.shape(0)) == 2, f"the table is {n.shape(0)}, expected [rows, features]")
     return (*n.shape(1), n.shape(0)[1])

@@ -7,6 +7,7 @@ from typing import Any
 from edgeforge.ir.graph import NodeView
 from edgeforge.ir.op import ACT, BIAS, Op, Port, move_cost, register
 
+
 def infer(n: NodeView) -> tuple[int, ...]:
     n.require(n.shape(1) == n.shape(0)[-1:] == n.shape(2), f"gain {n.shape(1)} or bias does not fit {n.shape(0)}")
     return n.shape(0)

@@ -9,6 +9,7 @@ import numpy as np
 from edgeforge.ir.graph import NodeView
 from edgeforge.ir.op import Op, Port, move_cost, register
 
+
 def infer(n: NodeView) -> tuple[int, ...]:
     top, left, bottom, right = n["pads"]
     n.require(len(n.shape(0)) == 4 and min(n["pads"]) >= 0, f"pads {n['pads']} of {n.shape(0)}")

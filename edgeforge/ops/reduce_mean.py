@@ -9,6 +9,7 @@ import numpy as np
 from edgeforge.ir.graph import NodeView
 from edgeforge.ir.op import Op, Port, move_cost, register
 
+
 def infer(n: NodeView) -> tuple[int, ...]:
     n.require(all(0 <= axis < len(n.shape(0)) for axis in n["axes"]), f"axes {n['axes']} of {n.shape(0)}")
     kept = [1 if axis in n["axes"] else size for axis, size in enumerate(n.shape(0))]

@@ -9,6 +9,7 @@ import numpy as np
 from edgeforge.ir.graph import NodeView
 from edgeforge.ir.op import Op, Port, move_cost, register
 
+
 def infer(n: NodeView) -> tuple[int, ...]:
     size = int(np.prod(n["shape"], dtype=np.int64))
     n.require(size == n.type(0).size, f"{n.shape(0)} does not reshape to {n['shape']}")

@@ -7,6 +7,7 @@ from typing import Any
 from edgeforge.ir.graph import NodeView
 from edgeforge.ir.op import ACT, Op, Port, move_cost, register
 
+
 def infer(n: NodeView) -> tuple[int, ...]:
     n.require(n.shape(1) == n.shape(0)[-1:], f"gain {n.shape(1)} does not fit {n.shape(0)}")
     return n.shape(0)

@@ -9,6 +9,7 @@ import numpy as np
 from edgeforge.ir.graph import NodeView
 from edgeforge.ir.op import Op, Port, move_cost, register
 
+
 def infer(n: NodeView) -> tuple[int, ...]:
     axis, shape = n["axis"], n.shape(0)
     length = len(range(shape[axis])[n["start"] : n["end"] : n["step"]])

@@ -7,6 +7,7 @@ from typing import Any
 from edgeforge.ir.graph import NodeView
 from edgeforge.ir.op import Op, Port, move_cost, register
 
+
 def infer(n: NodeView) -> tuple[int, ...]:
     n.require(0 <= n["axis"] < len(n.shape(0)), f"axis {n['axis']} of {n.shape(0)}")
     return n.shape(0)

@@ -9,6 +9,7 @@ import numpy as np
 from edgeforge.ir.graph import NodeView
 from edgeforge.ir.op import Op, Port, move_cost, register
 
+
 def infer(n: NodeView) -> tuple[int, ...]:
     n.require(sorted(n["perm"]) == list(range(len(n.shape(0)))), f"{n['perm']} does not permute {n.shape(0)}")
     return tuple(n.shape(0)[axis] for axis in n["perm"])

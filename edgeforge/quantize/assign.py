@@ -123,9 +123,7 @@ def _is_activation(graph: Graph, groups: _Groups, name: str, ranges: Mapping[str
     return graph.values[name].const and groups.find(name) != name
 
 
-def _forced(
-    graph: Graph, groups: _Groups, target: Target, widths: Mapping[str, str]
-) -> dict[str, tuple[str, QParams]]:
+def _forced(graph: Graph, groups: _Groups, target: Target, widths: Mapping[str, str]) -> dict[str, tuple[str, QParams]]:
     """Encodings that hardware dictates, by group."""
     forced: dict[str, tuple[str, QParams]] = {}
     for node in graph.nodes:
@@ -191,9 +189,7 @@ def _input(graph: Graph, key: tuple[str, int]) -> str:
     return graph.producers()[key[0]].inputs[key[1]]
 
 
-def _check(
-    graph: Graph, precision: Mapping[str, Precision], types: Mapping[str, TensorType], target: Target
-) -> None:
+def _check(graph: Graph, precision: Mapping[str, Precision], types: Mapping[str, TensorType], target: Target) -> None:
     reasons = []
     for node in graph.nodes:
         where = node.source or node.output

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from edgeforge.ir.fixed import channel_scale, rule_of
+from edgeforge.ir.fixed import channel_scale
 from edgeforge.ir.graph import Graph, Node
 from edgeforge.ir.op import ACT, BIAS, INDEX, OPS, WEIGHT
+from edgeforge.ir.rules import rule_of
 from edgeforge.ir.types import QParams, TensorType, Value
 from edgeforge.ir.verify import verify
 from edgeforge.quantize.assign import Plan, _data_range, affine

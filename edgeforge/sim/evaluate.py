@@ -12,7 +12,6 @@ from edgeforge.errors import InvalidInput
 from edgeforge.ir.graph import Graph, Node
 from edgeforge.ir.op import OPS
 from edgeforge.ir.types import NUMPY, RANGE
-from edgeforge.sim.reference import Reference
 
 #: Called after each node with its codes (or floats); used for traces, calibration and parity.
 Observer = Callable[[Node, Any], None]
@@ -43,9 +42,7 @@ def run_float(graph: Graph, feeds: Mapping[str, np.ndarray], observe: Observer |
     constants = {value.name: torch.from_numpy(np.ascontiguousarray(value.data)) for value in graph.constants()}
     inputs = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in feeds.items()}
     with torch.no_grad():
-        outputs = _walk(
-            graph, {**constants, **inputs}, lambda n, *xs: OPS[n.node.op].torch(torch, n, *xs), observe
-        )
+        outputs = _walk(graph, {**constants, **inputs}, lambda n, *xs: OPS[n.node.op].torch(torch, n, *xs), observe)
     return {name: tensor.numpy() for name, tensor in outputs.items()}
 
 

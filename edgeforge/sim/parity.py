@@ -108,7 +108,9 @@ def per_node(backend: Runner, folder: Path, graph: Graph, target: Any, codes: Ar
     cut = explode(graph)
     backend.compile(cut, target, folder)
     outputs = backend.run(folder, cut, target, exploded_feeds(graph, codes))
-    return [_compare(node.output, node.op, node.source, outputs[node.output], codes[node.output]) for node in graph.nodes]
+    return [
+        _compare(node.output, node.op, node.source, outputs[node.output], codes[node.output]) for node in graph.nodes
+    ]
 
 
 def _compare(name: str, op: str, source: str, found: np.ndarray, expected: np.ndarray) -> NodeParity:

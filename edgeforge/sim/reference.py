@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from edgeforge.ir.fixed import RULES, join_bytes
 from edgeforge.ir.graph import NodeView
+from edgeforge.ir.rules import RULES
+from edgeforge.ir.rules.htp import join_bytes
 
 Array = np.ndarray
 
@@ -18,7 +19,9 @@ class Reference:
     def pad(self, x: Array, widths: Sequence[tuple[int, int]], code: int) -> Array:
         return np.pad(x, widths, constant_values=code) if any(map(any, widths)) else x
 
-    def windows(self, x: Array, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int] = (1, 1)) -> Array:
+    def windows(
+        self, x: Array, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int] = (1, 1)
+    ) -> Array:
         """View [N, C, Y, X, KH, KW] of the sliding windows of x [N, C, H, W]."""
         reach = [(size - 1) * step + 1 for size, step in zip(kernel, dilation, strict=True)]
         view = np.lib.stride_tricks.sliding_window_view(x, reach, (2, 3))
@@ -46,9 +49,10 @@ class Reference:
         added = np.int64(0) if added is None else added.astype(np.int64)
         if n.node.op == "conv2d":
             offset, added = offset.reshape(-1, 1, 1), added.reshape(-1, 1, 1) if added.ndim else added
-        if n.node.rule == "htp16":
-            return RULES["htp16"].apply(n, join_bytes(product(x >> 8), product(x & 255), offset) + added)
-        return RULES[n.node.rule].apply(n, product(x) - offset + added)
+        rule = RULES[n.node.rule]
+        if rule.bytewise:
+            return rule.apply(n, join_bytes(product(x >> 8), product(x & 255), offset) + added)
+        return rule.apply(n, product(x) - offset + added)
 
     def apply(self, n: NodeView, *codes: Array) -> Array:
         """The node's rounding rule on already prepared operands."""

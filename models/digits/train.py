@@ -1,4 +1,4 @@
-"""Train the digits network (seconds on a CPU): weights.safetensors, calibration.npz and heldout.npz beside this file."""
+"""Train the digits network (seconds on a CPU): writes weights.safetensors, calibration.npz and heldout.npz here."""
 
 from __future__ import annotations
 

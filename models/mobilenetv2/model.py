@@ -72,7 +72,9 @@ class MobileNetV2(nn.Module):
 def data_folder() -> Path:
     folder = Path(os.environ.get("EDGEFORGE_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
     if not (folder / "vision_mobilenetv2" / "weights.npz").is_file():
-        raise InvalidInput(f"mobilenetv2: no vision_mobilenetv2/weights.npz in {folder} -> set EDGEFORGE_DATA to the data folder")
+        raise InvalidInput(
+            f"mobilenetv2: no vision_mobilenetv2/weights.npz in {folder} -> set EDGEFORGE_DATA to the data folder"
+        )
     return folder
 
 

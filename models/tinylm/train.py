@@ -1,7 +1,7 @@
 """Trains the embedded language model. Stages: sample, tokenizer, train, evaluate, prompts.
 
-The model starts as stories260K's function in a larger body (Net2Net, arXiv:1511.05641) and is trained from there on real
-stories and on text that stories260K wrote.
+The model starts as stories260K's function in a larger body (Net2Net, arXiv:1511.05641) and is trained from there on
+real stories and on text that stories260K wrote.
 
 for seed in $(seq 0 15); do python models/tinylm/train.py sample --seed $seed; done
 python models/tinylm/train.py tokenizer
@@ -205,7 +205,10 @@ def stage_tokenizer(args: argparse.Namespace) -> None:
                             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()),
     )  # fmt: skip
     for text in [*stories(DEV_STORIES), bytes(range(128)).decode(), "naïve — “quote”\r\n\t\U0001f600 \x00"]:
-        assert tok.decode(tok.encode(text, add_special_tokens=False).ids, skip_special_tokens=False).removeprefix(" ") == text
+        assert (
+            tok.decode(tok.encode(text, add_special_tokens=False).ids, skip_special_tokens=False).removeprefix(" ")
+            == text
+        )
     tok.save(str(HERE / "tokenizer.json"))
     (HERE / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n", "utf-8")
 
@@ -319,7 +322,9 @@ def grow(teacher: Teacher, model: torch.nn.Module) -> None:
 def token_bytes(token: str) -> bytes:
     """The bytes behind a token of a byte-level vocabulary (GPT-2's table: printable bytes stand for themselves)."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    table = {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(x for x in range(256) if x not in plain)}
+    table = {chr(b): b for b in plain} | {
+        chr(256 + i): b for i, b in enumerate(x for x in range(256) if x not in plain)
+    }
     return bytes(table[c] for c in token)
 
 
@@ -329,7 +334,10 @@ def stage_train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
     model = new_model(CONTEXT)
-    grow(Teacher(), model)
+    if args.resume:
+        model.load_state_dict(trained(CONTEXT).state_dict())
+    else:
+        grow(Teacher(), model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.rate, betas=(0.9, 0.98), weight_decay=0.05)
     average = {n: v.clone() for n, v in model.state_dict().items()}
     batches, run = Batches(args.work, rng), torch.compile(model) if args.compile else model
@@ -452,6 +460,7 @@ def main() -> None:
     p.add_argument("--windows", type=int, default=8, help="train: windows per step")
     p.add_argument("--steps", type=int, default=2400, help="train: optimizer steps")
     p.add_argument("--every", type=int, default=200, help="train: steps between checkpoints")
+    p.add_argument("--resume", action="store_true", help="train: go on from model.safetensors, with a new schedule")
     p.add_argument("--rate", type=float, default=1e-3, help="train: largest learning rate")
     p.add_argument("--real", type=float, default=0.3, help="train: share of windows from real stories")
     p.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)

@@ -1,0 +1,37 @@
+"""Rounding rules, one file per runtime: each file's ``RULES``, and the ``PROFILES`` that say which rule its runtime
+uses for which op."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+from edgeforge.ir.fixed import Rule
+from edgeforge.ir.graph import NodeView
+from edgeforge.ir.rules.exact import Profile
+
+RULES: dict[str, Rule] = {}
+PROFILES: dict[str, Profile] = {}
+
+for _file in sorted(Path(__file__).parent.glob("[a-z]*.py")):
+    _module = import_module(f"{__name__}.{_file.stem}")
+    for _rule in _module.RULES:
+        assert _rule.name not in RULES, f"rule {_rule.name} stands in two files"
+        RULES[_rule.name] = _rule
+    PROFILES |= _module.PROFILES
+
+
+def rule_of(profile: str, family: str, n: NodeView) -> Rule:
+    """The rule by which a runtime rounds a node. An entry of the node's op goes before that of its family."""
+    dot = family == "dot"
+    activations = {n.type(i).dtype for i in range(1 if dot else n.arity)} | (set() if dot else {n.out.dtype})
+    table = PROFILES[profile]["u16" if "u16" in activations else "u8"]
+    if "dot_dw2" in table and _is_depthwise_stride_2(n):
+        return RULES[table["dot_dw2"]]
+    return RULES[table.get(n.node.op, table[family])]
+
+
+def _is_depthwise_stride_2(n: NodeView) -> bool:
+    if n.node.op != "conv2d":
+        return False
+    return 1 < n["groups"] == n.shape(0)[1] == n.shape(1)[0] and n["stride"] == (2, 2)
