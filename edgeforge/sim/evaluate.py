@@ -39,8 +39,9 @@ def run_float(graph: Graph, feeds: Mapping[str, np.ndarray], observe: Observer |
 
     assert graph.level == "float", graph.level
     check_feeds(graph, feeds)
-    constants = {value.name: torch.from_numpy(np.ascontiguousarray(value.data)) for value in graph.constants()}
-    inputs = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in feeds.items()}
+    # Torch's own memory is aligned alike in every run; on NumPy's the order of vectorized sums, and so the last bit, vary.
+    constants = {value.name: torch.tensor(value.data) for value in graph.constants()}
+    inputs = {name: torch.tensor(array) for name, array in feeds.items()}
     with torch.no_grad():
         outputs = _walk(graph, {**constants, **inputs}, lambda n, *xs: OPS[n.node.op].torch(torch, n, *xs), observe)
     return {name: tensor.numpy() for name, tensor in outputs.items()}
