@@ -91,29 +91,6 @@ def join_bytes(high: Array, low: Array, offset: Array) -> Array:
     return high + (low >> 8) - ((offset + 128) >> 8)
 
 
-def _derive_htp_sum(n: NodeView) -> Constants:
-    """Multipliers share the exponent that keeps their sum (of a subtraction: the larger) below 2**14 * 4095 / 4096."""
-    inverse = f32(np.float32(1) / n.q(-1).scale)
-    m = [float(f32(n.q(i).scale * inverse)) for i in (0, 1)]
-    subtract = n.node.op == "sub"
-    reach, exponent = (max(m) if subtract else sum(m)), 15
-    while reach * 2.0**exponent >= 16380:
-        exponent -= 1
-    mult = [int(np.rint(x * 2.0**exponent)) for x in m]
-    mult[1] = -mult[1] if subtract else mult[1]
-    taken = (mult[0] * n.zero(0) + mult[1] * n.zero(1) + 128) >> 8
-    offset = int(np.floor((2 * n.q(-1).zero + 1) * 2.0 ** (exponent - 9))) - taken
-    # The hardware keeps the offset in 16 bits: it wraps.
-    offset = (offset + 32768) % 65536 - 32768
-    return with_range(n, mult=np.array(mult), shift=exponent, offset=offset)
-
-
-def _apply_htp_sum(n: NodeView, a: Array, b: Array) -> Array:
-    left, right = n.fixed["mult"]
-    total = left * a.astype(np.int64) + right * b.astype(np.int64) + 256 * n.fixed["offset"]
-    return saturate(n, shift_right(total, n.fixed["shift"]) - n.q(-1).zero)
-
-
 def _derive_htp_mean(n: NodeView) -> Constants:
     count = int(np.prod(n["kernel"])) if "kernel" in n.attrs else n.type(0).size // n.out.size
     s = float(n.q(0).scale) / float(n.q(-1).scale) / count
@@ -133,9 +110,6 @@ def _derive_htp_requantize(n: NodeView) -> Constants:
     return {"table": np.clip(value + n.q(-1).zero, low, high).astype(np.uint8)}
 
 
-# -------------------------------------------------------------------------------- dot products: ONNX Runtime, XNNPACK
-
-
 _EXACT8 = {
     "dot": "htp8",
     "dot_dw2": "htp8_dw2",
@@ -150,12 +124,14 @@ RULES = (
     Rule("htp8", _derive_htp8, _apply_htp8, "exact"),
     Rule("htp8_dw2", _derive_htp8_dw2, _apply_htp8_dw2, "exact"),
     Rule("htp16", _derive_htp16, _apply_htp16, "exact", bytewise=True),
-    Rule("htp_sum", _derive_htp_sum, _apply_htp_sum, "exact"),
     Rule("htp_mean", _derive_htp_mean, apply_mean, "exact"),
     Rule("htp_requantize", _derive_htp_requantize, apply_table, "exact"),
     Rule("htp_table", derive_table, apply_table, "exact"),
 )
 PROFILES: dict[str, Profile] = {
-    "htp-v73": {"u8": {**EXACT_VALUE, **_EXACT8}, "u16": {**EXACT_VALUE, "dot": "htp16"}},
+    "htp-v73": {
+        "u8": {**EXACT_VALUE, **_EXACT8},
+        "u16": {**EXACT_VALUE, "dot": "htp16", "add": "htp_sum16", "sub": "htp_sum16"},
+    },
     "htp-v68": {"u8": {**EXACT_VALUE, "dot": "htp8"}, "u16": {**EXACT_VALUE, "dot": "htp16"}},
 }
