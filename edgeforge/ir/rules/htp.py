@@ -115,6 +115,7 @@ _EXACT8 = {
     "dot_dw2": "htp8_dw2",
     "add": "htp_sum",
     "sub": "htp_sum",
+    "mul": "htp_product",
     "mean": "htp_mean",
     "requantize": "htp_requantize",
     "table": "htp_table",
@@ -131,7 +132,7 @@ RULES = (
 PROFILES: dict[str, Profile] = {
     "htp-v73": {
         "u8": {**EXACT_VALUE, **_EXACT8},
-        "u16": {**EXACT_VALUE, "dot": "htp16", "add": "htp_sum16", "sub": "htp_sum16"},
+        "u16": {**EXACT_VALUE, "dot": "htp16", "add": "htp_sum16", "sub": "htp_sum16", "mul": "htp_product16"},
     },
     "htp-v68": {"u8": {**EXACT_VALUE, "dot": "htp8"}, "u16": {**EXACT_VALUE, "dot": "htp16"}},
 }

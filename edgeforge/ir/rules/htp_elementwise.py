@@ -72,10 +72,55 @@ def _scalar_table(n: NodeView) -> Constants | None:
     return {"table": np.clip(code, *clamp_codes(n)).astype(NUMPY[n.out.dtype]), "operand": 1 - index}
 
 
+def _derive_product8(n: NodeView) -> Constants:
+    """A constant of one element makes the node a table. Else ratio float32 ``(s_a / s_y) * s_b``, a first rounding at
+    2**-step of an output step (step 7 at most); the offset wraps at 16 bits."""
+    table = _scalar_table(n)
+    if table is not None:
+        return table
+    ratio = float(f32(f32(n.q(0).scale / n.q(-1).scale) * n.q(1).scale))
+    step = min(7, -int(np.frexp(ratio)[1]))
+    constants = _product_constants(n, int(np.rint(ratio * 2.0 ** (15 + step))), 15, step, 8)
+    return {**constants, "offset": _wrap(constants["offset"], 16)}
+
+
+def _derive_product16(n: NodeView) -> Constants:
+    """Ratio float32 ``(s_a * s_b) / s_y`` at 2**-34, a first rounding at 1/8 of an output step."""
+    ratio = float(f32(f32(n.q(0).scale * n.q(1).scale) / n.q(-1).scale))
+    return _product_constants(n, int(np.rint(min(ratio * 2.0**34, 2.0**44))), 31, 3, 0)
+
+
+def _product_constants(n: NodeView, mult: int, shift: int, step: int, unit: int) -> Constants:
+    """``taken``: 2ab + a + b of the zero points a, b around mid-range, a multiple of 2**unit, is taken from the product
+    before the multiplication and added, multiplied by itself, after it."""
+    middle = (RANGE[n.type(0).dtype][1] + 1) // 2
+    a, b = n.zero(0) - middle, n.zero(1) - middle
+    taken = (2 * a * b + a + b + ((1 << unit) >> 1 if unit else 0)) >> unit << unit
+    offset = ((mult * taken + (1 << shift - 1)) >> shift) + int(n.q(-1).zero * 2.0**step)
+    return with_range(n, mult=mult, shift=shift, step=step, taken=taken, offset=offset)
+
+
+def _apply_product(n: NodeView, a: Array, b: Array) -> Array:
+    """``(((product - taken) * mult + half) >> shift) + offset``, rounded half up at 2**step; or a table."""
+    if "table" in n.fixed:
+        return _look_up(n, a, b)
+    mult, shift, step = (n.fixed[key] for key in ("mult", "shift", "step"))
+    product = (a.astype(np.int64) - n.zero(0)) * (b.astype(np.int64) - n.zero(1)) - n.fixed["taken"]
+    # In two parts: a 16-bit product times its multiplier takes up to 66 bits.
+    low = ((product & 0xFFFF) * mult + (1 << shift - 1)) >> 15
+    fine = (((product >> 16) * mult << 1) + low) >> (shift - 15)
+    half = (1 << step) >> 1 if step > 0 else 0
+    return saturate(n, shift_right(fine + n.fixed["offset"] + half, step) - n.q(-1).zero)
+
+
+def _look_up(n: NodeView, a: Array, b: Array) -> Array:
+    return np.broadcast_to(n.fixed["table"][(a, b)[n.fixed["operand"]]], np.broadcast_shapes(a.shape, b.shape))
+
+
 def _apply_sum(n: NodeView, a: Array, b: Array) -> Array:
     """``(left * a + right * b + offset) >> shift``, or a table."""
     if "table" in n.fixed:
-        return np.broadcast_to(n.fixed["table"][(a, b)[n.fixed["operand"]]], np.broadcast_shapes(a.shape, b.shape))
+        return _look_up(n, a, b)
     left, right = n.fixed["mult"]
     total = left * a.astype(np.int64) + right * b.astype(np.int64) + n.fixed["offset"]
     return saturate(n, shift_right(total, n.fixed["shift"]) - n.q(-1).zero)
@@ -84,5 +129,7 @@ def _apply_sum(n: NodeView, a: Array, b: Array) -> Array:
 RULES = (
     Rule("htp_sum", _derive_sum8, _apply_sum, "exact"),
     Rule("htp_sum16", _derive_sum16, _apply_sum, "exact"),
+    Rule("htp_product", _derive_product8, _apply_product, "exact"),
+    Rule("htp_product16", _derive_product16, _apply_product, "exact", "exact where s_a * s_b / s_y < 1/8"),
 )
 PROFILES: dict[str, Profile] = {}
