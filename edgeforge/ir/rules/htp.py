@@ -12,7 +12,6 @@ from edgeforge.ir.fixed import (
     along_channel,
     ceil_log2,
     channel_scale,
-    clamp_codes,
     f32,
     saturate,
     shift_right,
@@ -98,18 +97,6 @@ def _derive_htp_mean(n: NodeView) -> Constants:
     return with_range(n, mult=int(np.rint(fraction * 2**15)), shift=15 - int(exponent))
 
 
-def _derive_htp_requantize(n: NodeView) -> Constants:
-    """15-bit multiplier, a first rounding at 2**-k of an output step, a second at the step; kept as a table."""
-    s = float(f32(n.q(0).scale * f32(np.float32(1) / n.q(-1).scale)))
-    fraction, exponent = np.frexp(s)
-    mult, k = int(np.rint(fraction * 2**15)), 6 if exponent <= 1 else 7 - int(exponent)
-    fine = 15 - int(exponent) - k
-    value = shift_right((np.arange(256) - n.zero(0)) * mult + ((1 << fine) >> 1 if fine > 0 else 0), fine)
-    value = shift_right(value + ((1 << k) >> 1 if k > 0 else 0), k)
-    low, high = clamp_codes(n)
-    return {"table": np.clip(value + n.q(-1).zero, low, high).astype(np.uint8)}
-
-
 _EXACT8 = {
     "dot": "htp8",
     "dot_dw2": "htp8_dw2",
@@ -126,13 +113,16 @@ RULES = (
     Rule("htp8_dw2", _derive_htp8_dw2, _apply_htp8_dw2, "exact"),
     Rule("htp16", _derive_htp16, _apply_htp16, "exact", bytewise=True),
     Rule("htp_mean", _derive_htp_mean, apply_mean, "exact"),
-    Rule("htp_requantize", _derive_htp_requantize, apply_table, "exact"),
     Rule("htp_table", derive_table, apply_table, "exact"),
 )
+_EXACT16 = {
+    "dot": "htp16",
+    "add": "htp_sum16",
+    "sub": "htp_sum16",
+    "mul": "htp_product16",
+    "requantize": "htp_requantize16",
+}
 PROFILES: dict[str, Profile] = {
-    "htp-v73": {
-        "u8": {**EXACT_VALUE, **_EXACT8},
-        "u16": {**EXACT_VALUE, "dot": "htp16", "add": "htp_sum16", "sub": "htp_sum16", "mul": "htp_product16"},
-    },
+    "htp-v73": {"u8": {**EXACT_VALUE, **_EXACT8}, "u16": {**EXACT_VALUE, **_EXACT16}},
     "htp-v68": {"u8": {**EXACT_VALUE, "dot": "htp8"}, "u16": {**EXACT_VALUE, "dot": "htp16"}},
 }

@@ -7,8 +7,8 @@ import numpy as np
 
 from edgeforge.ir.fixed import Array, Constants, Rule, clamp_codes, f32, saturate, shift_right, with_range
 from edgeforge.ir.graph import NodeView
-from edgeforge.ir.rules.exact import Profile
-from edgeforge.ir.types import NUMPY, RANGE
+from edgeforge.ir.rules.exact import Profile, apply_table
+from edgeforge.ir.types import RANGE
 
 
 def _broadcasts(n: NodeView) -> bool:
@@ -59,17 +59,84 @@ def _derive_sum16(n: NodeView) -> Constants:
 
 
 def _scalar_table(n: NodeView) -> Constants | None:
-    """With a constant of one element: the output code of each code of the other operand, rounded from the exact sum."""
+    """With a constant of one element, HTP looks the output code of the other operand up: rounded from the exact value,
+    but a product with a positive constant is a change of encoding."""
     index = next((i for i in (0, 1) if n.type(i).size == 1 and n.data(i) is not None), None)
     if index is None:
         return None
-    low, high = RANGE[n.type(1 - index).dtype]
-    codes = [np.arange(low, high + 1), np.arange(low, high + 1)]
-    codes[index] = n.data(index).reshape(-1).astype(np.int64)
-    a, b = ((codes[i] - n.zero(i)) * np.float64(n.q(i).scale) for i in (0, 1))
-    real = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[n.node.op](a, b)
-    code = np.rint(real / np.float64(n.q(-1).scale)) + n.q(-1).zero
-    return {"table": np.clip(code, *clamp_codes(n)).astype(NUMPY[n.out.dtype]), "operand": 1 - index}
+    scales, out = [np.float64(n.q(i).scale) for i in (0, 1)], n.q(-1)
+    codes = [np.arange(256), np.arange(256)]
+    codes[index] = np.asarray(n.data(index)).reshape(-1).astype(np.int64)
+    a, b = ((codes[i] - n.zero(i)) * scales[i] for i in (0, 1))
+    factor = f32((a, b)[index].item())
+    if n.node.op == "mul" and factor > 0:
+        scale = f32(n.q(1 - index).scale * factor)
+        code = _requantize8(codes[1 - index] - n.zero(1 - index), float(f32(scale * f32(np.float32(1) / out.scale))))
+    else:
+        real = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[n.node.op](a, b)
+        code = np.rint(real / np.float64(out.scale))
+    return {"table": np.clip(code + out.zero, *clamp_codes(n)).astype(np.uint8), "operand": 1 - index}
+
+
+def _requantize8(x: Array, ratio: float) -> Array:
+    """15-bit multiplier, a first rounding at 2**-k of an output step, a second at the step; from 16 on, one rounding
+    and a multiplier at 1/256."""
+    if ratio >= 16:
+        return (x * int(np.rint(ratio * 256)) + 128) >> 8
+    fraction, exponent = np.frexp(ratio)
+    mult, k = int(np.rint(fraction * 2**15)), 6 if exponent <= 1 else 7 - int(exponent)
+    fine = 15 - int(exponent) - k
+    return (shift_right(x * mult + (1 << fine - 1), fine) + (1 << k - 1)) >> k
+
+
+def _derive_requantize(n: NodeView) -> Constants:
+    """A table of 8-bit codes."""
+    inverse = f32(np.float32(1) / n.q(-1).scale)
+    code = _requantize8(np.arange(256) - n.zero(0), float(f32(n.q(0).scale * inverse)))
+    return {"table": np.clip(code + n.q(-1).zero, *clamp_codes(n)).astype(np.uint8)}
+
+
+def _derive_widen(n: NodeView) -> Constants:
+    """A table of 16-bit codes: 16-bit multiplier, one rounding."""
+    ratio = float(f32(n.q(0).scale / n.q(-1).scale))
+    shift = 16 - int(np.frexp(ratio)[1])
+    product = (np.arange(256) - n.zero(0)) * int(np.rint(np.ldexp(ratio, shift)))
+    code = shift_right(product + ((1 << shift) >> 1 if shift > 0 else 0), shift) + n.q(-1).zero
+    return {"table": np.clip(code, *clamp_codes(n)).astype(np.uint16)}
+
+
+def _derive_narrow(n: NodeView) -> Constants:
+    """16 to 8 bits: a 14-bit multiplier (at 2**-15 from 1/16 on), a first rounding at 2**-step of an output step (7 at
+    most); what the zero points add saturates at 16 bits. Codes count from the middle, 32767."""
+    ratio = float(f32(n.q(0).scale / n.q(-1).scale))
+    bits = 14 - int(np.frexp(ratio)[1]) if ratio < 1 / 16 else 15
+    mult, shift = int(np.rint(np.ldexp(ratio, bits))), max(15, bits - 7)
+    step = bits - shift
+    offset = ((32767 - n.zero(0)) * mult + (1 << shift - 1)) >> shift
+    offset = min(max(offset + (n.q(-1).zero << step), -32768), 32767)
+    return with_range(n, mult=mult, shift=shift, step=step, offset=offset + ((1 << step) >> 1))
+
+
+def _apply_narrow(n: NodeView, x: Array) -> Array:
+    """``((((x - 32767) * mult + half) >> shift) + offset) >> step``"""
+    mult, shift = n.fixed["mult"], n.fixed["shift"]
+    fine = ((x.astype(np.int64) - 32767) * mult + (1 << shift - 1)) >> shift
+    return saturate(n, ((fine + n.fixed["offset"]) >> n.fixed["step"]) - n.q(-1).zero)
+
+
+def _derive_same_width(n: NodeView) -> Constants:
+    """16 to 16 bits: multiplier at 2**-18; the offset is a float32 difference, rounded at 1/8 of an output step."""
+    mult = int(np.rint(float(f32(n.q(0).scale / n.q(-1).scale)) * 2.0**18))
+    taken = f32(f32(np.ldexp(mult, -18)) * f32(n.zero(0)))
+    return with_range(n, mult=mult, offset=mult + int(np.rint(8 * np.float64(f32(f32(n.q(-1).zero) - taken)))))
+
+
+def _apply_same_width(n: NodeView, x: Array) -> Array:
+    """``((((x - 32768) * mult + half) >> 15) + offset + 4) >> 3``, where only every other element of a tensor gets the
+    half: the hardware's even lanes round, its odd lanes truncate."""
+    even = (np.arange(x.size) % n.type(0).size % 2 == 0).reshape(x.shape)
+    fine = ((x.astype(np.int64) - 32768) * n.fixed["mult"] + (even << 14)) >> 15
+    return saturate(n, ((fine + n.fixed["offset"] + 4) >> 3) - n.q(-1).zero)
 
 
 def _derive_product8(n: NodeView) -> Constants:
@@ -126,10 +193,29 @@ def _apply_sum(n: NodeView, a: Array, b: Array) -> Array:
     return saturate(n, shift_right(total, n.fixed["shift"]) - n.q(-1).zero)
 
 
+def _derive_requantize16(n: NodeView) -> Constants:
+    """Changes of encoding with 16 bits on either side."""
+    if n.type(0).dtype == "u8":
+        return _derive_widen(n)
+    return _derive_narrow(n) if n.out.dtype == "u8" else _derive_same_width(n)
+
+
+def _apply_requantize16(n: NodeView, x: Array) -> Array:
+    if n.type(0).dtype == "u8":
+        return apply_table(n, x)
+    return _apply_narrow(n, x) if n.out.dtype == "u8" else _apply_same_width(n, x)
+
+
+REACH16 = (
+    "u8 to u16 for s_x / s_y >= 1, u16 to u8 for 1/512 <= s_x / s_y < 1; u16 to u16: lanes are counted in the order of "
+    "memory, which is channels-last beside convolutions (1 LSB on 3 % of the elements otherwise)"
+)
 RULES = (
     Rule("htp_sum", _derive_sum8, _apply_sum, "exact"),
     Rule("htp_sum16", _derive_sum16, _apply_sum, "exact"),
     Rule("htp_product", _derive_product8, _apply_product, "exact"),
-    Rule("htp_product16", _derive_product16, _apply_product, "exact", "exact where s_a * s_b / s_y < 1/8"),
+    Rule("htp_product16", _derive_product16, _apply_product, "exact", "for s_a * s_b / s_y < 1/8"),
+    Rule("htp_requantize", _derive_requantize, apply_table, "exact"),
+    Rule("htp_requantize16", _derive_requantize16, _apply_requantize16, "exact", REACH16),
 )
 PROFILES: dict[str, Profile] = {}
