@@ -56,13 +56,32 @@ def _apply_htp8(n: NodeView, acc: Array) -> Array:
     return saturate(n, ((2 * h + 1) * along_channel(n, n.fixed["mult"]) + (1 << 15)) >> 16)
 
 
+def _folded_zero(n: NodeView, s: Array) -> Array:
+    """The output's zero point in accumulator steps [C]: rounded together with the bias, in float32."""
+    bias = np.zeros(s.shape, np.int64) if n.arity < 3 else np.asarray(n.data(2), np.int64)
+    folded = f32(f32(bias) + f32(n.q(-1).zero / s))
+    return np.floor(folded.astype(np.float64) + 0.5).astype(np.int64) - bias
+
+
+def _derive_htp8_v68(n: NodeView) -> Constants:
+    s = htp_ratio(n)
+    shift = -ceil_log2(s) - 3
+    mult = np.floor(np.ldexp(s, shift + 14) + 0.5).astype(np.int64)
+    return with_range(n, mult=mult, shift=shift, offset=_folded_zero(n, s))
+
+
+def _apply_htp8_v68(n: NodeView, acc: Array) -> Array:
+    """Hexagon v68 and v69, 8-bit activations: ``(h * mult + 2**13) >> 14`` with ``h = (acc + offset) >> shift``."""
+    mult, shift, offset = (along_channel(n, n.fixed[key]) for key in ("mult", "shift", "offset"))
+    code = (shift_right(acc + offset, shift) * mult + (1 << 13)) >> 14
+    return saturate(n, code - n.q(-1).zero)
+
+
 def _derive_htp8_dw2(n: NodeView) -> Constants:
     s = htp_ratio(n)
     shift = 15 - ceil_log2(s)
-    bias = np.zeros(s.shape, np.int64) if n.arity < 3 else np.asarray(n.data(2), np.int64)
-    folded = f32(f32(bias) + f32(n.q(-1).zero / s))
-    offset = np.floor(folded.astype(np.float64) + 0.5).astype(np.int64) - bias
-    return with_range(n, mult=np.rint(np.ldexp(s, shift)).astype(np.int64), shift=shift, offset=offset)
+    mult = np.rint(np.ldexp(s, shift)).astype(np.int64)
+    return with_range(n, mult=mult, shift=shift, offset=_folded_zero(n, s))
 
 
 def _apply_htp8_dw2(n: NodeView, acc: Array) -> Array:
@@ -110,8 +129,10 @@ _EXACT8 = {
 
 RULES = (
     Rule("htp8", _derive_htp8, _apply_htp8, "exact"),
+    Rule("htp8_v68", _derive_htp8_v68, _apply_htp8_v68, "exact"),
     Rule("htp8_dw2", _derive_htp8_dw2, _apply_htp8_dw2, "exact"),
     Rule("htp16", _derive_htp16, _apply_htp16, "exact", bytewise=True),
+    Rule("htp16_v68", _derive_htp16, _apply_htp16, "bounded", "v73's rule: 20 % identical, 30 LSB", bytewise=True),
     Rule("htp_mean", _derive_htp_mean, apply_mean, "exact"),
     Rule("htp_table", derive_table, apply_table, "exact"),
 )
@@ -124,5 +145,8 @@ _EXACT16 = {
 }
 PROFILES: dict[str, Profile] = {
     "htp-v73": {"u8": {**EXACT_VALUE, **_EXACT8}, "u16": {**EXACT_VALUE, **_EXACT16}},
-    "htp-v68": {"u8": {**EXACT_VALUE, "dot": "htp8"}, "u16": {**EXACT_VALUE, "dot": "htp16"}},
+    "htp-v68": {
+        "u8": {**EXACT_VALUE, **_EXACT8, "dot": "htp8_v68"},
+        "u16": {**EXACT_VALUE, **_EXACT16, "dot": "htp16_v68"},
+    },
 }

@@ -60,7 +60,7 @@ def _derive_sum16(n: NodeView) -> Constants:
 
 def _scalar_table(n: NodeView) -> Constants | None:
     """With a constant of one element, HTP looks the output code of the other operand up: rounded from the exact value,
-    but a product with a positive constant is a change of encoding."""
+    but a product with a positive constant is a change of encoding, and a sum with 0 keeps the codes as they are."""
     index = next((i for i in (0, 1) if n.type(i).size == 1 and n.data(i) is not None), None)
     if index is None:
         return None
@@ -69,7 +69,9 @@ def _scalar_table(n: NodeView) -> Constants | None:
     codes[index] = np.asarray(n.data(index)).reshape(-1).astype(np.int64)
     a, b = ((codes[i] - n.zero(i)) * scales[i] for i in (0, 1))
     factor = f32((a, b)[index].item())
-    if n.node.op == "mul" and factor > 0:
+    if n.node.op == "add" and factor == 0:
+        code = np.arange(256) - out.zero
+    elif n.node.op == "mul" and factor > 0:
         scale = f32(n.q(1 - index).scale * factor)
         code = _requantize8(codes[1 - index] - n.zero(1 - index), float(f32(scale * f32(np.float32(1) / out.scale))))
     else:
