@@ -12,7 +12,6 @@ from edgeforge.ir.fixed import (
     along_channel,
     ceil_log2,
     channel_scale,
-    clamp_codes,
     f32,
     saturate,
     shift_right,
@@ -57,13 +56,32 @@ def _apply_htp8(n: NodeView, acc: Array) -> Array:
     return saturate(n, ((2 * h + 1) * along_channel(n, n.fixed["mult"]) + (1 << 15)) >> 16)
 
 
+def _folded_zero(n: NodeView, s: Array) -> Array:
+    """The output's zero point in accumulator steps [C]: rounded together with the bias, in float32."""
+    bias = np.zeros(s.shape, np.int64) if n.arity < 3 else np.asarray(n.data(2), np.int64)
+    folded = f32(f32(bias) + f32(n.q(-1).zero / s))
+    return np.floor(folded.astype(np.float64) + 0.5).astype(np.int64) - bias
+
+
+def _derive_htp8_v68(n: NodeView) -> Constants:
+    s = htp_ratio(n)
+    shift = -ceil_log2(s) - 3
+    mult = np.floor(np.ldexp(s, shift + 14) + 0.5).astype(np.int64)
+    return with_range(n, mult=mult, shift=shift, offset=_folded_zero(n, s))
+
+
+def _apply_htp8_v68(n: NodeView, acc: Array) -> Array:
+    """Hexagon v68 and v69, 8-bit activations: ``(h * mult + 2**13) >> 14`` with ``h = (acc + offset) >> shift``."""
+    mult, shift, offset = (along_channel(n, n.fixed[key]) for key in ("mult", "shift", "offset"))
+    code = (shift_right(acc + offset, shift) * mult + (1 << 13)) >> 14
+    return saturate(n, code - n.q(-1).zero)
+
+
 def _derive_htp8_dw2(n: NodeView) -> Constants:
     s = htp_ratio(n)
     shift = 15 - ceil_log2(s)
-    bias = np.zeros(s.shape, np.int64) if n.arity < 3 else np.asarray(n.data(2), np.int64)
-    folded = f32(f32(bias) + f32(n.q(-1).zero / s))
-    offset = np.floor(folded.astype(np.float64) + 0.5).astype(np.int64) - bias
-    return with_range(n, mult=np.rint(np.ldexp(s, shift)).astype(np.int64), shift=shift, offset=offset)
+    mult = np.rint(np.ldexp(s, shift)).astype(np.int64)
+    return with_range(n, mult=mult, shift=shift, offset=_folded_zero(n, s))
 
 
 def _apply_htp8_dw2(n: NodeView, acc: Array) -> Array:
@@ -91,29 +109,6 @@ def join_bytes(high: Array, low: Array, offset: Array) -> Array:
     return high + (low >> 8) - ((offset + 128) >> 8)
 
 
-def _derive_htp_sum(n: NodeView) -> Constants:
-    """Multipliers share the exponent that keeps their sum (of a subtraction: the larger) below 2**14 * 4095 / 4096."""
-    inverse = f32(np.float32(1) / n.q(-1).scale)
-    m = [float(f32(n.q(i).scale * inverse)) for i in (0, 1)]
-    subtract = n.node.op == "sub"
-    reach, exponent = (max(m) if subtract else sum(m)), 15
-    while reach * 2.0**exponent >= 16380:
-        exponent -= 1
-    mult = [int(np.rint(x * 2.0**exponent)) for x in m]
-    mult[1] = -mult[1] if subtract else mult[1]
-    taken = (mult[0] * n.zero(0) + mult[1] * n.zero(1) + 128) >> 8
-    offset = int(np.floor((2 * n.q(-1).zero + 1) * 2.0 ** (exponent - 9))) - taken
-    # The hardware keeps the offset in 16 bits: it wraps.
-    offset = (offset + 32768) % 65536 - 32768
-    return with_range(n, mult=np.array(mult), shift=exponent, offset=offset)
-
-
-def _apply_htp_sum(n: NodeView, a: Array, b: Array) -> Array:
-    left, right = n.fixed["mult"]
-    total = left * a.astype(np.int64) + right * b.astype(np.int64) + 256 * n.fixed["offset"]
-    return saturate(n, shift_right(total, n.fixed["shift"]) - n.q(-1).zero)
-
-
 def _derive_htp_mean(n: NodeView) -> Constants:
     count = int(np.prod(n["kernel"])) if "kernel" in n.attrs else n.type(0).size // n.out.size
     s = float(n.q(0).scale) / float(n.q(-1).scale) / count
@@ -121,26 +116,12 @@ def _derive_htp_mean(n: NodeView) -> Constants:
     return with_range(n, mult=int(np.rint(fraction * 2**15)), shift=15 - int(exponent))
 
 
-def _derive_htp_requantize(n: NodeView) -> Constants:
-    """15-bit multiplier, a first rounding at 2**-k of an output step, a second at the step; kept as a table."""
-    s = float(f32(n.q(0).scale * f32(np.float32(1) / n.q(-1).scale)))
-    fraction, exponent = np.frexp(s)
-    mult, k = int(np.rint(fraction * 2**15)), 6 if exponent <= 1 else 7 - int(exponent)
-    fine = 15 - int(exponent) - k
-    value = shift_right((np.arange(256) - n.zero(0)) * mult + ((1 << fine) >> 1 if fine > 0 else 0), fine)
-    value = shift_right(value + ((1 << k) >> 1 if k > 0 else 0), k)
-    low, high = clamp_codes(n)
-    return {"table": np.clip(value + n.q(-1).zero, low, high).astype(np.uint8)}
-
-
-# -------------------------------------------------------------------------------- dot products: ONNX Runtime, XNNPACK
-
-
 _EXACT8 = {
     "dot": "htp8",
     "dot_dw2": "htp8_dw2",
     "add": "htp_sum",
     "sub": "htp_sum",
+    "mul": "htp_product",
     "mean": "htp_mean",
     "requantize": "htp_requantize",
     "table": "htp_table",
@@ -148,14 +129,24 @@ _EXACT8 = {
 
 RULES = (
     Rule("htp8", _derive_htp8, _apply_htp8, "exact"),
+    Rule("htp8_v68", _derive_htp8_v68, _apply_htp8_v68, "exact"),
     Rule("htp8_dw2", _derive_htp8_dw2, _apply_htp8_dw2, "exact"),
     Rule("htp16", _derive_htp16, _apply_htp16, "exact", bytewise=True),
-    Rule("htp_sum", _derive_htp_sum, _apply_htp_sum, "exact"),
+    Rule("htp16_v68", _derive_htp16, _apply_htp16, "bounded", "v73's rule: 20 % identical, 30 LSB", bytewise=True),
     Rule("htp_mean", _derive_htp_mean, apply_mean, "exact"),
-    Rule("htp_requantize", _derive_htp_requantize, apply_table, "exact"),
     Rule("htp_table", derive_table, apply_table, "exact"),
 )
+_EXACT16 = {
+    "dot": "htp16",
+    "add": "htp_sum16",
+    "sub": "htp_sum16",
+    "mul": "htp_product16",
+    "requantize": "htp_requantize16",
+}
 PROFILES: dict[str, Profile] = {
-    "htp-v73": {"u8": {**EXACT_VALUE, **_EXACT8}, "u16": {**EXACT_VALUE, "dot": "htp16"}},
-    "htp-v68": {"u8": {**EXACT_VALUE, "dot": "htp8"}, "u16": {**EXACT_VALUE, "dot": "htp16"}},
+    "htp-v73": {"u8": {**EXACT_VALUE, **_EXACT8}, "u16": {**EXACT_VALUE, **_EXACT16}},
+    "htp-v68": {
+        "u8": {**EXACT_VALUE, **_EXACT8, "dot": "htp8_v68"},
+        "u16": {**EXACT_VALUE, **_EXACT16, "dot": "htp16_v68"},
+    },
 }
