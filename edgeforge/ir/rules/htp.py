@@ -20,6 +20,7 @@ from edgeforge.ir.fixed import (
 )
 from edgeforge.ir.graph import NodeView
 from edgeforge.ir.rules.exact import EXACT_VALUE, Profile, apply_mean, apply_table, derive_table
+from edgeforge.ir.rules.htp_norm import NORMS
 
 
 def htp_bias(n: NodeView, divisor: int) -> Constants:
@@ -156,6 +157,9 @@ RULES = (
     Rule("htp_table", derive_table, apply_table, "exact"),
 )
 PROFILES: dict[str, Profile] = {
-    "htp-v73": {"u8": {**EXACT_VALUE, **_EXACT8}, "u16": {**EXACT_VALUE, "dot": "htp16"}},
+    "htp-v73": {
+        "u8": {**EXACT_VALUE, **_EXACT8, **NORMS["u8"]},
+        "u16": {**EXACT_VALUE, "dot": "htp16", **NORMS["u16"]},
+    },
     "htp-v68": {"u8": {**EXACT_VALUE, "dot": "htp8"}, "u16": {**EXACT_VALUE, "dot": "htp16"}},
 }
