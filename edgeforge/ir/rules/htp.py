@@ -19,6 +19,7 @@ from edgeforge.ir.fixed import (
 )
 from edgeforge.ir.graph import NodeView
 from edgeforge.ir.rules.exact import EXACT_VALUE, Profile, apply_mean, apply_table, derive_table
+from edgeforge.ir.rules.htp_norm import NORMS
 
 
 def htp_bias(n: NodeView, divisor: int) -> Constants:
@@ -144,7 +145,10 @@ _EXACT16 = {
     "requantize": "htp_requantize16",
 }
 PROFILES: dict[str, Profile] = {
-    "htp-v73": {"u8": {**EXACT_VALUE, **_EXACT8}, "u16": {**EXACT_VALUE, **_EXACT16}},
+    "htp-v73": {
+        "u8": {**EXACT_VALUE, **_EXACT8, **NORMS["u8"]},
+        "u16": {**EXACT_VALUE, **_EXACT16, **NORMS["u16"]},
+    },
     "htp-v68": {
         "u8": {**EXACT_VALUE, **_EXACT8, "dot": "htp8_v68"},
         "u16": {**EXACT_VALUE, **_EXACT16, "dot": "htp16_v68"},

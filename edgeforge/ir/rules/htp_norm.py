@@ -1,0 +1,110 @@
+"""Hexagon's softmax and RMSNorm, v73-v81: rules found by probing the HTP emulator (QNN 2.49) with integers in and
+integers out. docs/numerics-norm.md has the evidence."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from edgeforge.ir import qfloat
+from edgeforge.ir.fixed import Array, Constants, Rule, f32, saturate, with_range
+from edgeforge.ir.graph import NodeView
+from edgeforge.ir.rules.exact import Profile
+
+
+def _derive_rms_norm(n: NodeView) -> Constants:
+    """float32 bit patterns. gain: ((w - zero) * s_w) / s_y; eps: in squared input codes."""
+    codes = n.data(1)
+    assert codes is not None
+    gain = f32(f32(f32(codes.astype(np.int64) - n.zero(1)) * n.q(1).scale) / n.q(-1).scale)
+    eps = f32(f32(n["eps"]) / f32(n.q(0).scale * n.q(0).scale))
+    return with_range(n, gain=gain.view(np.int32), eps=int(eps.view(np.int32)))
+
+
+def mean_of_squares(codes: Array) -> Array:
+    """float32 [..., 1]. The sum is an exact integer in three pieces (above bit 32, two of 16 bits), each times its
+    float32 weight over the length, added from the lowest."""
+    total = (codes * codes).sum(-1, keepdims=True)
+    weight = f32(1) / f32(codes.shape[-1])
+    high, middle, low = (
+        qfloat.multiply(f32(piece), weight * f32(2.0**place))
+        for piece, place in ((total >> 32, 32), (total >> 16 & 65535, 16), (total & 65535, 0))
+    )
+    return qfloat.add(high, qfloat.add(middle, low))
+
+
+def _scaled(n: NodeView, x: Array) -> Array:
+    """``(gain * rsqrt(mean(c^2) + eps)) * c``, c the centered codes, in output codes."""
+    codes = x.astype(np.int64) - n.zero(0)
+    gain, eps = (np.asarray(n.fixed[key], np.int32).view(np.float32) for key in ("gain", "eps"))
+    inverse = qfloat.rsqrt(qfloat.add(mean_of_squares(codes), eps))
+    return qfloat.multiply(qfloat.multiply(gain, inverse), f32(codes))
+
+
+def _apply_rms_norm16(n: NodeView, x: Array, w: Array) -> Array:
+    """The floor, then the zero point."""
+    return saturate(n, qfloat.floor(_scaled(n, x)))
+
+
+def _apply_rms_norm8(n: NodeView, x: Array, w: Array) -> Array:
+    """The zero point is added in vector float and the sum rounded to half precision before the floor."""
+    scaled, zero = _scaled(n, x), f32(n.q(-1).zero)
+    positive = np.where(scaled > -zero, scaled, -zero)
+    half = np.float16(np.minimum(qfloat.add(positive, zero), 256))
+    return saturate(n, np.floor(half).astype(np.int64) - n.q(-1).zero)
+
+
+#: 2**(g / 65536) at 2**-14 is a quadratic in each quarter of g = 0..65535: coefficients of g^2 at 2**-16, of g and the
+#: constant in half steps.
+_SQUARE = np.array([4300, 5119, 6087, 7227])
+_LINEAR = np.array([22652, 21816, 19857, 16401])
+_CONSTANT = np.array([32769, 32876, 33371, 34681])
+
+
+def power_of_two(steps: Array) -> Array:
+    """2**(-steps / 2**22) at 2**-15, at most 32767, of int64 steps >= 0."""
+    g = 65535 - (steps >> 6 & 65535)
+    quarter = g >> 14
+    inner = (_LINEAR[quarter] << 15) + g * _SQUARE[quarter] >> 16
+    return ((_CONSTANT[quarter] << 15) + g * inner >> 16) >> np.minimum(steps >> 22, 16)
+
+
+def reciprocal(total: Array) -> tuple[Array, Array]:
+    """2**31 over ``total`` (at least 32767) scaled into 2**15..2**16, close to HTP's, and the scaling's exponent. Below
+    2**18 it has 14, 15 or 16 bits and is taken to the nearest, above to the floor."""
+    exponent = np.maximum(np.frexp(total.astype(np.float64))[1].astype(np.int64) - 16, 0)
+    step = np.int64(1) << np.maximum(2 - exponent, 0)
+    numerator, divisor = np.int64(1) << 32 + exponent, 2 * total * step
+    nearest = (numerator + divisor // 2) // divisor * step
+    return np.where(exponent < 3, np.minimum(nearest, 65536), np.minimum(numerator // divisor, 65535)), exponent
+
+
+def _derive_softmax16(n: NodeView) -> Constants:
+    """An input code in octaves, at 2**-22."""
+    return with_range(n, step=int(np.floor(np.ldexp(np.float64(n.q(0).scale) * np.log2(np.e), 22))))
+
+
+def _apply_softmax16(n: NodeView, x: Array) -> Array:
+    """Powers of two at 2**-15, their sum, its reciprocal; the product is cut to steps of 1/65536 with zero point 0,
+    whatever the output declares."""
+    x = x.astype(np.int64)
+    power = power_of_two((x.max(n["axis"], keepdims=True) - x) * n.fixed["step"])
+    inverse, exponent = reciprocal(power.sum(n["axis"], keepdims=True))
+    return saturate(n, (power * inverse >> 15 + exponent) - n.q(-1).zero)
+
+
+SOFTMAX16 = (
+    "16-bit rows of 3 and more: the reciprocal of the sum is off by up to 4 / 65536 of itself; 98 % identical at "
+)
+SOFTMAX16 += "16 elements, 99.9 % from 256, at most 4 LSB"
+RULES = (
+    Rule("htp_softmax16", _derive_softmax16, _apply_softmax16, "bounded", SOFTMAX16),
+    Rule("htp_rms_norm8", _derive_rms_norm, _apply_rms_norm8, "exact"),
+    Rule("htp_rms_norm16", _derive_rms_norm, _apply_rms_norm16, "exact"),
+)
+PROFILES: dict[str, Profile] = {}
+
+#: What Hexagon's profiles say about these ops.
+NORMS: Profile = {
+    "u8": {"rms_norm": "htp_rms_norm8"},
+    "u16": {"rms_norm": "htp_rms_norm16", "softmax": "htp_softmax16"},
+}
