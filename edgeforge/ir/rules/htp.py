@@ -19,7 +19,7 @@ from edgeforge.ir.fixed import (
     with_range,
 )
 from edgeforge.ir.graph import NodeView
-from edgeforge.ir.rules.exact import EXACT_VALUE, Profile, apply_mean, apply_table, derive_table
+from edgeforge.ir.rules.exact import EXACT_VALUE, Profile, apply_mean, apply_table
 
 
 def htp_bias(n: NodeView, divisor: int) -> Constants:
@@ -153,7 +153,6 @@ RULES = (
     Rule("htp_sum", _derive_htp_sum, _apply_htp_sum, "exact"),
     Rule("htp_mean", _derive_htp_mean, apply_mean, "exact"),
     Rule("htp_requantize", _derive_htp_requantize, apply_table, "exact"),
-    Rule("htp_table", derive_table, apply_table, "exact"),
 )
 PROFILES: dict[str, Profile] = {
     "htp-v73": {"u8": {**EXACT_VALUE, **_EXACT8}, "u16": {**EXACT_VALUE, "dot": "htp16"}},

@@ -9,7 +9,9 @@ import numpy as np
 
 from edgeforge.ir.fixed import Array, Constants, Rule, clamp_codes, f32
 from edgeforge.ir.graph import Node, NodeView
-from edgeforge.ir.rules.exact import Profile, apply_table, derive_table
+from edgeforge.ir.op import OPS
+from edgeforge.ir.rules.exact import Profile, apply_table
+from edgeforge.ir.types import NUMPY, RANGE
 
 
 def _derive_affine16(n: NodeView) -> Constants:
@@ -34,9 +36,16 @@ def _apply_affine16(n: NodeView, x: Array) -> Array:
     return np.clip(code, n.fixed["low"], n.fixed["high"]).astype(np.uint16).reshape(x.shape)
 
 
-def _derive_gelu(n: NodeView) -> Constants:
-    """HTP computes the erf form, whichever was asked for."""
-    return derive_table(NodeView(n.graph, replace(n.node, attrs={"approximate": "none"})))
+def _derive_table(n: NodeView) -> Constants:
+    """The function of every input code, scaled and moved to the output's codes in float32. GELU is always the erf form,
+    whichever was asked for."""
+    node = replace(n.node, attrs={"approximate": "none"}) if n.node.op == "gelu" else n.node
+    real = OPS[node.op].real
+    assert real is not None, node.op
+    low, high = RANGE[n.type(0).dtype]
+    x = f32(np.arange(low, high + 1) - n.zero(0)) * n.q(0).scale
+    y = f32(real(NodeView(n.graph, node), x)) * f32(np.float32(1) / n.q(-1).scale)
+    return {"table": np.clip(np.rint(y + f32(n.q(-1).zero)), *clamp_codes(n)).astype(NUMPY[n.out.dtype])}
 
 
 # --------------------------------------------------------------------------------------------------- measured tables
@@ -56,12 +65,12 @@ def _derive_measured(n: NodeView) -> Constants:
 
 RULES = (
     Rule("htp_affine16", _derive_affine16, _apply_affine16, "exact", "(alone; HTP may fuse it with what is before it)"),
-    Rule("htp_gelu", _derive_gelu, apply_table, "exact"),
+    Rule("htp_table", _derive_table, apply_table, "exact"),
     Rule(MEASURED, _derive_measured, apply_table, "exact", "(table measured from the HTP emulator)"),
 )
 PROFILES: dict[str, Profile] = {
     "htp-v73": {
-        "u8": {"gelu": "htp_gelu", **dict.fromkeys(("hardsigmoid", "neg", "reciprocal", "rsqrt", "sqrt"), "table")},
+        "u8": dict.fromkeys(("hardsigmoid", "neg", "reciprocal", "rsqrt", "sqrt"), "table"),
         "u16": dict.fromkeys(("clip", "neg", "relu", "requantize"), "htp_affine16"),
     },
 }
