@@ -72,7 +72,7 @@ class FigureRecord(Closed):
 
 class Manifest(Closed):
     """manifest.json. ``calibrated`` is False when ranges came from random data. ``exceptions`` lists every activation
-    whose width is not the precision's."""
+    whose width is not the precision's. ``notes`` say which rounding rules were measured, and how."""
 
     schema_version: Literal[1] = SCHEMA
     edgeforge: str
@@ -85,6 +85,7 @@ class Manifest(Closed):
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     exceptions: dict[str, str]
+    notes: tuple[str, ...] = ()
     backends: dict[str, BackendRecord]
     figures: tuple[FigureRecord, ...]
     tools: dict[str, str]

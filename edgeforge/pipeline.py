@@ -23,6 +23,7 @@ from edgeforge.bundle import (
 from edgeforge.data import Dataset, load_data
 from edgeforge.errors import InvalidInput, Unsupported
 from edgeforge.ir.graph import Graph
+from edgeforge.measured import measure
 from edgeforge.models import Model, call, load_model
 from edgeforge.passes import optimize
 from edgeforge.progress import track
@@ -156,7 +157,9 @@ def export(
     with writing(out) as folder:
         used = min(len(data), recipe.calibration.samples)
         say(f"calibrating on {used} samples of {data.name}")
-        graph = quantize(model, recipe, target, data, requantize)
+        graph, notes = measure(quantize(model, recipe, target, data, requantize), target)
+        for note in notes:
+            say(note)
         write_core(folder, graph, recipe, target, golden_vectors(model.imported.graph, graph, data))
         _keep_tokenizer(recipe, base, folder)
         records = lower(graph, target, backend_names, folder / "artifacts", say)
@@ -171,6 +174,7 @@ def export(
             "inputs": tuple(port(n, graph.type(n)) for n in graph.inputs),
             "outputs": tuple(port(n, graph.type(n)) for n in graph.outputs),
             "exceptions": exceptions(graph, recipe),
+            "notes": notes,
             "backends": records,
             "figures": (),
         }

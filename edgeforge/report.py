@@ -101,4 +101,6 @@ def quantization_report(graph: Graph, fields: dict[str, Any]) -> str:
     if fields["exceptions"]:
         lines += ["", f"Widths that differ from {fields['precision']}:", ""]
         lines += [f"- `{name}`: {dtype}" for name, dtype in fields["exceptions"].items()]
+    if fields["notes"]:
+        lines += ["", *(f"- {note}" for note in fields["notes"])]
     return "\n".join(lines) + "\n"

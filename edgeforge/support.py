@@ -20,7 +20,8 @@ def support() -> list[dict[str, Any]]:
 
 def _widths(op: Op, profile: str) -> dict[str, dict[str, str]]:
     found = {}
-    for width, table in PROFILES[profile].items():
+    for width in ("u8", "u16"):
+        table = PROFILES[profile][width]
         name = "move" if op.numerics == "move" else table.get(op.name, table[op.numerics])
         found[width] = {"rule": name, "status": "exact" if name == "move" else RULES[name].status}
     return found

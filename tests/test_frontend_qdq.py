@@ -40,9 +40,9 @@ class Qdq:
         self.weights[name] = np.asarray(data)
         return name
 
-    def pair(self, x, scale, zero):
+    def pair(self, x, scale, zero, dtype=None):
         """QuantizeLinear and DequantizeLinear of an activation; gives the dequantized name."""
-        dtype = np.int8 if self.signed else np.uint8
+        dtype = dtype or (np.int8 if self.signed else np.uint8)
         zero = zero - 128 if self.signed else zero
         s, z = self.constant(f"{x}_s", np.float32(scale)), self.constant(f"{x}_z", dtype(zero))
         self.nodes.append(helper.make_node("QuantizeLinear", [x, s, z], [f"{x}_q"]))
@@ -158,10 +158,10 @@ def test_tensor_without_encoding_is_a_conflict(tmp_path):
 
 def test_encoding_that_the_hardware_dictates_is_a_conflict(tmp_path):
     m = Qdq()
-    gate = m.pair(m.op("Sigmoid", [m.pair("x", 0.03, 120)], "gate"), 0.005, 0)
-    m.pair(m.op("Flatten", [m.op("GlobalAveragePool", [gate], "mean")], "y"), 0.005, 0)
+    gate = m.pair(m.op("Sigmoid", [m.pair("x", 2e-4, 30000, np.uint16)], "gate"), 2e-5, 0, np.uint16)
+    m.pair(m.op("Flatten", [m.op("GlobalAveragePool", [gate], "mean")], "y"), 2e-5, 0, np.uint16)
     found = refusals(m.save(tmp_path / "m.onnx"))
-    assert "writes scale 1/256" in found["gate"]
+    assert "writes scale 1/65536" in found["gate"]
 
 
 def test_uint8_weights_around_128_are_signed_weights(tmp_path):

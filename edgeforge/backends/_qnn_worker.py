@@ -26,6 +26,8 @@ def session_options(soc: int, options: Mapping[str, str]) -> Any:
     devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == PROVIDER]
     made = onnxruntime.SessionOptions()
     made.log_severity_level = 2
+    # ONNX Runtime's clean-up of Quantize-Dequantize pairs would merge a requantize or a relu with what is before it.
+    made.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     provider = {"backend_path": onnxruntime_qnn.get_qnn_htp_path(), "soc_model": str(soc), **options}
     made.add_provider_for_devices(devices[:1], provider)
     made.add_session_config_entry("session.disable_cpu_ep_fallback", "1")

@@ -78,9 +78,20 @@ class OrtQnn:
         return Artifact(files=(*files, *made), options=options, edits=edits, islands=islands)
 
     def run(self, folder: Path, graph: Graph, target: Target, feeds: Codes) -> dict[str, np.ndarray]:
+        return self._run(folder / CONTEXT, graph, target, feeds)
+
+    def evaluate(self, graph: Graph, target: Target, feeds: Codes) -> dict[str, np.ndarray]:
+        """Output codes of ``graph`` without an artifact: one session compiles and runs the QDQ model."""
+        from edgeforge.dialects.onnx import to_onnx, write_onnx
+
+        with tempfile.TemporaryDirectory(prefix="edgeforge-") as folder:
+            write_onnx(to_onnx(self.prepare(graph, target)[0]), Path(folder) / MODEL)
+            return self._run(Path(folder) / MODEL, graph, target, feeds)
+
+    def _run(self, model: Path, graph: Graph, target: Target, feeds: Codes) -> dict[str, np.ndarray]:
         assert target.soc is not None
         sizes = {name: graph.type(name).shape[0] for name in graph.inputs}
-        request = {"model": str(folder / CONTEXT), "soc": target.soc.model, "options": OPTIONS, "sizes": sizes}
+        request = {"model": str(model), "soc": target.soc.model, "options": OPTIONS, "sizes": sizes}
         return run_in_child(self.name, WORKER, {"action": "run", **request}, feeds)
 
 

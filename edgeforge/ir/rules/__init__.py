@@ -18,14 +18,19 @@ for _file in sorted(Path(__file__).parent.glob("[a-z]*.py")):
     for _rule in _module.RULES:
         assert _rule.name not in RULES, f"rule {_rule.name} stands in two files"
         RULES[_rule.name] = _rule
-    PROFILES |= _module.PROFILES
+    for _profile, _widths in _module.PROFILES.items():
+        for _width, _table in _widths.items():
+            PROFILES.setdefault(_profile, {}).setdefault(_width, {}).update(_table)
 
 
 def rule_of(profile: str, family: str, n: NodeView) -> Rule:
     """The rule by which a runtime rounds a node. An entry of the node's op goes before that of its family."""
     dot = family == "dot"
     activations = {n.type(i).dtype for i in range(1 if dot else n.arity)} | (set() if dot else {n.out.dtype})
-    table = PROFILES[profile]["u16" if "u16" in activations else "u8"]
+    widths = PROFILES[profile]
+    table = widths["u16"] if "u16" in activations else widths["u8"]
+    if len(activations) > 1:
+        table = widths.get("mixed", table)
     if "dot_dw2" in table and _is_depthwise_stride_2(n):
         return RULES[table["dot_dw2"]]
     return RULES[table.get(n.node.op, table[family])]

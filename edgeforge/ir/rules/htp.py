@@ -18,7 +18,7 @@ from edgeforge.ir.fixed import (
     with_range,
 )
 from edgeforge.ir.graph import NodeView
-from edgeforge.ir.rules.exact import EXACT_VALUE, Profile, apply_mean, apply_table, derive_table
+from edgeforge.ir.rules.exact import EXACT_VALUE, Profile, apply_mean
 from edgeforge.ir.rules.htp_norm import NORMS
 
 
@@ -135,7 +135,6 @@ RULES = (
     Rule("htp16", _derive_htp16, _apply_htp16, "exact", bytewise=True),
     Rule("htp16_v68", _derive_htp16, _apply_htp16, "bounded", "v73's rule: 20 % identical, 30 LSB", bytewise=True),
     Rule("htp_mean", _derive_htp_mean, apply_mean, "exact"),
-    Rule("htp_table", derive_table, apply_table, "exact"),
 )
 _EXACT16 = {
     "dot": "htp16",
@@ -148,6 +147,7 @@ PROFILES: dict[str, Profile] = {
     "htp-v73": {
         "u8": {**EXACT_VALUE, **_EXACT8, **NORMS["u8"]},
         "u16": {**EXACT_VALUE, **_EXACT16, **NORMS["u16"]},
+        "mixed": {**EXACT_VALUE, **_EXACT16, **NORMS["u16"]},
     },
     "htp-v68": {
         "u8": {**EXACT_VALUE, **_EXACT8, "dot": "htp8_v68"},

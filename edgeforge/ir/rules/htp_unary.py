@@ -1,0 +1,76 @@
+"""Element-wise functions on Hexagon: the closed rules, and tables that were measured. docs/numerics-unary.md has the
+evidence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from edgeforge.ir.fixed import Array, Constants, Rule, clamp_codes, f32
+from edgeforge.ir.graph import Node, NodeView
+from edgeforge.ir.op import OPS
+from edgeforge.ir.rules.exact import Profile, apply_table
+from edgeforge.ir.types import NUMPY, RANGE
+
+
+def _derive_affine16(n: NodeView) -> Constants:
+    """``mult``: the ratio of the scales at 2**-18. ``offset``: what the zero points and the half step add, in float32
+    products and sums, a multiple of 2**15."""
+    sign = -1 if n.node.op == "neg" else 1
+    mult = int(np.rint(np.float64(f32(n.q(0).scale / n.q(-1).scale)) * 2.0**18))
+    taken = f32(f32(sign * n.zero(0)) * f32(mult / 2.0**15))
+    eighths = int(np.rint(f32(f32(8 * n.q(-1).zero + 4) - taken)))
+    limits = {"relu": (0.0, np.inf), "clip": (n.attrs.get("low_real"), n.attrs.get("high_real"))}
+    attrs = {"clamp": limits[n.node.op]} if n.node.op in limits else {}
+    low, high = clamp_codes(NodeView(n.graph, replace(n.node, attrs=attrs)))
+    return {"mult": sign * mult, "offset": eighths << 15, "low": low, "high": high}
+
+
+def _apply_affine16(n: NodeView, x: Array) -> Array:
+    """``(mult * x + offset + lane) >> 18``. Even and odd lanes of a vector round apart, so a code depends on whether
+    it stands at an even place of its tensor: ``lane`` is 2**14 there and 0 at odd ones."""
+    flat = x.reshape(-1, n.out.size).astype(np.int64)
+    lane = np.where(np.arange(n.out.size) % 2, 0, 1 << 14)
+    code = (n.fixed["mult"] * flat + n.fixed["offset"] + lane) >> 18
+    return np.clip(code, n.fixed["low"], n.fixed["high"]).astype(np.uint16).reshape(x.shape)
+
+
+def _derive_table(n: NodeView) -> Constants:
+    """The function of every input code, scaled and moved to the output's codes in float32. GELU is always the erf form,
+    whichever was asked for."""
+    node = replace(n.node, attrs={"approximate": "none"}) if n.node.op == "gelu" else n.node
+    real = OPS[node.op].real
+    assert real is not None, node.op
+    low, high = RANGE[n.type(0).dtype]
+    x = f32(np.arange(low, high + 1) - n.zero(0)) * n.q(0).scale
+    y = f32(real(NodeView(n.graph, node), x)) * f32(np.float32(1) / n.q(-1).scale)
+    return {"table": np.clip(np.rint(y + f32(n.q(-1).zero)), *clamp_codes(n)).astype(NUMPY[n.out.dtype])}
+
+
+# --------------------------------------------------------------------------------------------------- measured tables
+
+MEASURED = "htp_measured"
+
+
+def measured_node(node: Node, table: Array, profile: str) -> Node:
+    """``node`` with its output code for every input code, as the runtime that ``profile`` describes gave them."""
+    return replace(node, rule=MEASURED, fixed={"table": table, "profile": profile})
+
+
+def _derive_measured(n: NodeView) -> Constants:
+    """A measurement follows from nothing: it is what the node holds."""
+    return dict(n.fixed)
+
+
+RULES = (
+    Rule("htp_affine16", _derive_affine16, _apply_affine16, "exact", "(alone; HTP may fuse it with what is before it)"),
+    Rule("htp_table", _derive_table, apply_table, "exact"),
+    Rule(MEASURED, _derive_measured, apply_table, "exact", "(table measured from the HTP emulator)"),
+)
+PROFILES: dict[str, Profile] = {
+    "htp-v73": {
+        "u8": dict.fromkeys(("hardsigmoid", "neg", "reciprocal", "rsqrt", "sqrt"), "table"),
+        "u16": dict.fromkeys(("clip", "neg", "relu"), "htp_affine16"),
+    },
+}
