@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from executorch.backends.qualcomm._passes import TagQuantIO
+from executorch.backends.qualcomm._passes import AnnotateQuantAttrs, FuseConsecutiveCast, RemoveRedundancy, TagQuantIO
 from executorch.backends.qualcomm._passes.qnn_pass_manager import get_qnn_pass_manager_cls
+from executorch.backends.qualcomm.builders.node_visitor import dq_ops, q_ops
 from executorch.backends.qualcomm.builders.utils import deduce_dtype
 from executorch.backends.qualcomm.serialization.qc_schema import QcomChipset, QnnExecuTorchBackendType
 from executorch.backends.qualcomm.utils.constants import (
@@ -32,6 +33,8 @@ from executorch.backends.qualcomm.utils.utils import (
     to_edge_transform_and_lower_to_qnn,
 )
 from executorch.exir import ExecutorchBackendConfig
+from executorch.exir.dialects._ops import ops as exir_ops
+from executorch.exir.pass_base import ExportPass, PassResult
 from executorch.exir.passes import MemoryPlanningPass
 from executorch.runtime import Runtime
 
@@ -39,6 +42,9 @@ import edgeforge.ops  # noqa: F401 (registers the op table)
 from edgeforge.backends._child import in_batches, load_arrays, save_arrays
 from edgeforge.dialects.pt2e import UnsignedModule, example_inputs
 from edgeforge.ir.text import parse_graph
+
+PASSES = get_qnn_pass_manager_cls(QnnExecuTorchBackendType.kHtpBackend)
+_PREPROCESS = PASSES.get_preprocess_passes
 
 #: First bytes of a QNN context in a delegate, before an 8-byte clock and the context's 8-byte size (little endian).
 CONTEXT = bytes.fromhex("cdab7856")
@@ -53,7 +59,8 @@ def compile_program(request: Mapping[str, Any]) -> None:
     spec = generate_qnn_executorch_compiler_spec(
         soc_model=getattr(QcomChipset, request["soc"]), backend_options=generate_htp_compiler_spec(use_fp16=False)
     )
-    edge = to_edge_transform_and_lower_to_qnn(traced, inputs, spec, passes_job=_integer_io())
+    PASSES.get_preprocess_passes = classmethod(_preprocess_passes)  # type: ignore[method-assign]
+    edge = to_edge_transform_and_lower_to_qnn(traced, inputs, spec, **_passes())
     lowered = edge.exported_program().graph_module
     calls = [str(n.target) for n in lowered.graph.nodes if n.op == "call_function"]
     outside = [call for call in calls if "getitem" not in call and "executorch_call_delegate" not in call]
@@ -64,12 +71,39 @@ def compile_program(request: Mapping[str, Any]) -> None:
     Path(request["pte"]).write_bytes(reproducible(program.buffer))
 
 
-def _integer_io() -> Any:
-    """ExecuTorch's passes, with the one that marks graph inputs and outputs as integers."""
-    passes = get_qnn_pass_manager_cls(QnnExecuTorchBackendType.kHtpBackend).get_capture_program_passes()
-    passes[TagQuantIO][QCOM_PASS_ACTIVATE_KEY] = True
-    passes[TagQuantIO][QCOM_PASS_ARGS_KWARGS_DEFAULTS_KEY]["get_quant_io_dtype_fn"] = _boundary_dtype
-    return passes
+class SeparateRequantize(ExportPass):
+    """q -> dq -> q' -> dq'   =>   q -> dq -> convert -> q' -> dq'
+
+    ExecuTorch notes a requantize beside the producer, by the reader's name. Of several in a row it then keeps the last
+    only, none behind a sigmoid, none in front of a graph output, and wherever a later pass renames readers (it inserts
+    reshapes around each linear) they get each other's. As operations of their own all stay where they are."""
+
+    def call(self, graph_module: torch.fx.GraphModule) -> PassResult:
+        for node in list(graph_module.graph.nodes):
+            if node.target in q_ops and node.args[0].target in dq_ops:
+                real = node.args[0]
+                with graph_module.graph.inserting_before(node):
+                    made = graph_module.graph.call_function(exir_ops.edge.aten._to_copy.default, (real,))
+                made.meta = dict(real.meta)
+                node.replace_input_with(real, made)
+        graph_module.recompile()
+        return PassResult(graph_module, True)
+
+
+def _passes() -> dict[str, Any]:
+    """ExecuTorch's passes, with the one that marks graph inputs and outputs as integers, and ours."""
+    job, order = PASSES.get_capture_program_passes(), PASSES.get_passes_dependency_for_capture_program()
+    job[TagQuantIO][QCOM_PASS_ACTIVATE_KEY] = True
+    job[TagQuantIO][QCOM_PASS_ARGS_KWARGS_DEFAULTS_KEY]["get_quant_io_dtype_fn"] = _boundary_dtype
+    job[SeparateRequantize] = {QCOM_PASS_ACTIVATE_KEY: True, QCOM_PASS_ARGS_KWARGS_DEFAULTS_KEY: {}}
+    order[AnnotateQuantAttrs] = [*order[AnnotateQuantAttrs], SeparateRequantize]
+    order[SeparateRequantize] = [RemoveRedundancy]
+    return {"passes_job": job, "dep_table": order}
+
+
+def _preprocess_passes(manager: type[Any], *args: Any, **options: Any) -> list[Any]:
+    """ExecuTorch's own, without the one that merges conversions in a row as if they were casts."""
+    return [chosen for chosen in _PREPROCESS(*args, **options) if chosen is not FuseConsecutiveCast]
 
 
 def _boundary_dtype(node: torch.fx.Node) -> torch.dtype | None:

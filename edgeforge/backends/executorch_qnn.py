@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,9 @@ from edgeforge.backends._child import in_child, run_in_child, save_arrays
 from edgeforge.backends.executorch_xnnpack import wrong_executorch
 from edgeforge.backends.ort_qnn import BACKEND as ORT_QNN
 from edgeforge.errors import Reason
-from edgeforge.ir.graph import Graph
+from edgeforge.ir.graph import Graph, Node
 from edgeforge.ir.text import print_graph, tensors
+from edgeforge.ir.types import Value
 from edgeforge.sim.evaluate import check_feeds
 from edgeforge.target import Target
 
@@ -44,7 +46,8 @@ class ExecutorchQnn:
 
     def prepare(self, graph: Graph, target: Target) -> tuple[Graph, tuple[Edit, ...]]:
         """The graph in the forms that ExecuTorch's lowering and HTP take, and what was changed."""
-        return _htp.prepare(graph, target)
+        prepared, edits = _htp.prepare(graph, target)
+        return _explicit_pads(prepared), edits
 
     def compile(self, graph: Graph, target: Target, folder: Path) -> Artifact:
         assert target.soc is not None
@@ -67,6 +70,26 @@ class ExecutorchQnn:
         }
         with qnn_sdk() as environment:
             return run_in_child(self.name, WORKER, request, feeds, environment)
+
+
+def _explicit_pads(graph: Graph) -> Graph:
+    """y = conv2d(x) {uneven pads}   =>   p = pad(x); y = conv2d(p)     (and avg_pool with any padding)
+
+    Torch pads so with an operation of its own, and each operation needs an encoded result."""
+    values, nodes = dict(graph.values), []
+    for node in graph.nodes:
+        pads = node.attrs.get("pads", (0, 0, 0, 0))
+        uneven = node.op == "conv2d" and pads[:2] != pads[2:]
+        if uneven or (node.op == "avg_pool" and any(pads)):
+            name, kind = f"{node.output}.padded", graph.type(node.inputs[0])
+            made = Node("pad", node.inputs[:1], name, {"pads": pads}, node.source)
+            batch, channels, height, width = kind.shape
+            shape = (batch, channels, height + pads[0] + pads[2], width + pads[1] + pads[3])
+            values[name] = Value(name, replace(kind, shape=shape))
+            node = replace(node, inputs=(name, *node.inputs[1:]), attrs={**node.attrs, "pads": (0, 0, 0, 0)})
+            nodes.append(made)
+        nodes.append(node)
+    return graph.rebuild(nodes, values)
 
 
 @contextmanager

@@ -137,8 +137,8 @@ class SignedModule(_Module):
 
 
 class UnsignedModule(_Module):
-    """For QNN: uint8 / uint16 activations, int32 biases. Inputs and outputs are floats behind a quantize and in front of
-    a dequantize, which the lowering strips; ids are int32."""
+    """For QNN: uint8 / uint16 activations, int32 biases. Inputs and outputs are floats behind a quantize and in front
+    of a dequantize, which the lowering strips; ids are int32."""
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         real = dict(zip(self.graph.inputs, inputs, strict=True))
