@@ -47,7 +47,11 @@ class ExecutorchQnn:
     def prepare(self, graph: Graph, target: Target) -> tuple[Graph, tuple[Edit, ...]]:
         """The graph in the forms that ExecuTorch's lowering and HTP take, and what was changed."""
         prepared, edits = _htp.prepare(graph, target)
-        return _explicit_pads(prepared), edits
+        ids = [name for name in graph.inputs if graph.type(name).q is None]
+        why = "HTP has no 64-bit integers"
+        edits += tuple(Edit(name, "the program takes int32 ids", why) for name in ids)
+        prepared, padded = _explicit_pads(prepared)
+        return prepared, edits + padded
 
     def compile(self, graph: Graph, target: Target, folder: Path) -> Artifact:
         assert target.soc is not None
@@ -72,11 +76,11 @@ class ExecutorchQnn:
             return run_in_child(self.name, WORKER, request, feeds, environment)
 
 
-def _explicit_pads(graph: Graph) -> Graph:
+def _explicit_pads(graph: Graph) -> tuple[Graph, tuple[Edit, ...]]:
     """y = conv2d(x) {uneven pads}   =>   p = pad(x); y = conv2d(p)     (and avg_pool with any padding)
 
-    Torch pads so with an operation of its own, and each operation needs an encoded result."""
-    values, nodes = dict(graph.values), []
+    Torch pads so with an operation of its own."""
+    values, nodes, edits = dict(graph.values), [], []
     for node in graph.nodes:
         pads = node.attrs.get("pads", (0, 0, 0, 0))
         uneven = node.op == "conv2d" and pads[:2] != pads[2:]
@@ -88,8 +92,9 @@ def _explicit_pads(graph: Graph) -> Graph:
             values[name] = Value(name, replace(kind, shape=shape))
             node = replace(node, inputs=(name, *node.inputs[1:]), attrs={**node.attrs, "pads": (0, 0, 0, 0)})
             nodes.append(made)
+            edits.append(Edit(node.output, "padding as a node of its own", "each operation needs an encoded result"))
         nodes.append(node)
-    return graph.rebuild(nodes, values)
+    return graph.rebuild(nodes, values), tuple(edits)
 
 
 @contextmanager

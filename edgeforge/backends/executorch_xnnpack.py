@@ -19,7 +19,7 @@ from edgeforge.backends._log import new_log, redirected, telling_lines
 from edgeforge.errors import BackendFailed, Reason
 from edgeforge.ir.graph import Graph, Node
 from edgeforge.ir.op import OPS
-from edgeforge.ir.types import NUMPY, TensorType
+from edgeforge.ir.types import BITS, NUMPY, TensorType
 from edgeforge.target import Target
 
 MODEL = "model.pte"
@@ -51,18 +51,18 @@ class ExecutorchXnnpack:
     cannot_run = missing
 
     def refusals(self, graph: Graph, target: Target) -> list[Reason]:
-        """Layers with 16-bit activations, and block-wise weights: as floats they would be another precision."""
+        """Graphs without any 8-bit layer (all would run in float), and block-wise weights."""
+        layers = [node for node in graph.nodes if node.op in ("linear", "conv2d")]
+        wide = all(graph.type(node.inputs[0]).dtype == "u16" for node in layers)
         reasons = []
-        for node in graph.nodes:
-            where = node.source or node.output
-            if node.op not in ("linear", "conv2d"):
-                continue
-            if graph.type(node.inputs[0]).dtype != "u8":
-                why = "a layer with 16-bit activations does not lower to XNNPACK"
-                reasons.append(Reason(where, node.op, why, "export at w8a8"))
-            q = graph.type(node.inputs[1]).q
+        for node in layers:
+            where, q = node.source or node.output, graph.type(node.inputs[1]).q
             if q is not None and q.block is not None:
                 reasons.append(Reason(where, node.op, "block-wise weights do not lower to XNNPACK", "export at w4a8"))
+            elif wide:
+                why = "XNNPACK has no 16-bit integers, and no other layer reads 8-bit activations"
+                remedy = f"export at w{BITS[graph.type(node.inputs[1]).dtype]}a8"
+                reasons.append(Reason(where, node.op, why, remedy))
         return reasons
 
     def compile(self, graph: Graph, target: Target, folder: Path) -> Artifact:
@@ -120,10 +120,13 @@ def _edits(graph: Graph) -> tuple[Edit, ...]:
         Edit("activations", "codes - 128, int8", "XNNPACK computes on signed codes; the real values are the same"),
         Edit("biases", "float32 constants", "XNNPACK takes its biases as floats"),
     ]
+    if any(value.type.dtype == "u16" for value in graph.values.values()):
+        what = "float32, neither rounded nor saturated; so are the weights of layers that read them"
+        edits.append(Edit("16-bit activations", what, "XNNPACK has no 16-bit integers"))
     for name in (*graph.inputs, *graph.outputs):
         if graph.type(name).dtype == "u16":
-            why = "XNNPACK has no 16-bit integers; the caller quantizes by the manifest's scale and zero point"
-            edits.append(Edit(name, "float32 in the program instead of uint16 codes", why))
+            why = "XNNPACK has no 16-bit integers; the caller applies the manifest's scale and zero point"
+            edits.append(Edit(name, "float32 values instead of uint16 codes", why))
     return tuple(edits)
 
 

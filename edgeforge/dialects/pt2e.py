@@ -29,7 +29,7 @@ class _Module(nn.Module):
 
     def __init__(self, graph: Graph):
         super().__init__()
-        self.graph = graph
+        self.graph, self.users = graph, graph.users()
         self.index = {value.name: i for i, value in enumerate(graph.constants())}
         for value in graph.constants():
             i, q = self.index[value.name], value.type.q
@@ -106,7 +106,8 @@ class _Module(nn.Module):
 
 class SignedModule(_Module):
     """For XNNPACK: 8-bit activations as int8 (codes - 128), inputs and outputs too, biases as floats. It has no 16-bit
-    integers: such values stay float, unrounded, from the node that makes them to those that read them."""
+    integers: such values stay float, unrounded, from the node that makes them to those that read them, and so do the
+    weights of layers that read them."""
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         known = self.walk(dict(zip(self.graph.inputs, inputs, strict=True)))
@@ -128,7 +129,8 @@ class SignedModule(_Module):
     def stored(self, value: Value) -> torch.Tensor:
         assert value.data is not None
         kind = value.type
-        if kind.dtype in ("i32", "u16"):
+        wide = any(self.graph.type(node.inputs[0]).dtype == "u16" for node in self.users[value.name])
+        if kind.dtype in ("i32", "u16") or (wide and kind.dtype in ("i8", "i4")):
             assert kind.q is not None
             return torch.from_numpy(kind.q.dequantize(value.data))
         if kind.dtype == "u8":
