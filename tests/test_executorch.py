@@ -92,8 +92,8 @@ def requantizes() -> Graph:
         "x": ("u8", QParams(np.float32(0.05), 130)),
         "gate": ("u8", QParams(np.float32(1 / 256))),
         "wide": ("u16", QParams(np.float32(1 / 65536))),
-        "coarse": ("u8", QParams(np.float32(1 / 37), 11)),
-        "again": ("u16", QParams(np.float32(1 / 37 / 256), 11 * 256)),
+        "coarse": ("u8", QParams(np.float32(0.0293), 11)),
+        "again": ("u16", QParams(np.float32(0.0293) / np.float32(256), 11 * 256)),
     }
     values = {name: Value(name, TensorType((1, 4, 8), dtype, q)) for name, (dtype, q) in encodings.items()}
     ops = ("sigmoid", *["requantize"] * 3)

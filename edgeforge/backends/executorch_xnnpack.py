@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -152,10 +152,11 @@ def _leaving(kind: TensorType, result: np.ndarray) -> np.ndarray:
 
 @contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """Python's and native code's chatter goes to a log, which stays when the runtime or the lowering fails."""
+    """Python's and native code's chatter goes to a log, which stays when the runtime or the lowering fails. ExecuTorch
+    prints through ``sys.stderr``, which need not be file descriptor 2 (notebooks, test runners)."""
     log = new_log(name)
     try:
-        with redirected(log):
+        with log.open("a") as stream, redirected(log), redirect_stdout(stream), redirect_stderr(stream):
             yield
     except (RuntimeError, AssertionError) as error:
         raise BackendFailed(f"{name}: {error}; log: {log}\n{telling_lines(log)}") from error
