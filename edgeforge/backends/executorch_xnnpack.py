@@ -1,93 +1,166 @@
-"""executorch_xnnpack: a ``.pte`` for phone CPUs, int8 in and out, run here by the ExecuTorch runtime."""
+"""executorch_xnnpack: a ``.pte`` for phone CPUs, int8 in and out, run here by the ExecuTorch runtime.
+
+XNNPACK has no 16-bit integers, and no integer kernels for norms, softmax, products of activations and most functions:
+these run in float between a dequantize and a quantize, and are listed."""
 
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from edgeforge.backends import Artifact, Codes, Edit
+from edgeforge.backends._child import in_batches
+from edgeforge.backends._log import new_log, redirected, telling_lines
 from edgeforge.errors import BackendFailed, Reason
-from edgeforge.ir.graph import Graph
+from edgeforge.ir.graph import Graph, Node
+from edgeforge.ir.op import OPS
+from edgeforge.ir.types import BITS, NUMPY, TensorType
 from edgeforge.target import Target
 
 MODEL = "model.pte"
 VERSION = "1.5.1"
 
+#: Ops with arithmetic that XNNPACK has 8-bit kernels for.
+INTEGER = {"conv2d", "linear", "add", "sub", "mul", "relu", "clip", "requantize", "reduce_mean"}
+
+
+def wrong_executorch() -> str:
+    """What to install when ExecuTorch is absent or of another version, or ""."""
+    try:
+        found = importlib.metadata.version("executorch")
+    except importlib.metadata.PackageNotFoundError:
+        found = "none"
+    if found == VERSION:
+        return ""
+    return f"executorch {VERSION} is needed, found {found} -> pip install 'edgeforge[executorch]'"
+
 
 class ExecutorchXnnpack:
     name = "executorch_xnnpack"
     numerics = "xnnpack"
-    summary = "ExecuTorch program with XNNPACK's int8 kernels"
+    summary = "ExecuTorch program with XNNPACK's int8 kernels; what has none is a float island"
 
     def missing(self) -> str:
-        try:
-            found = importlib.metadata.version("executorch")
-        except importlib.metadata.PackageNotFoundError:
-            found = "none"
-        return (
-            ""
-            if found == VERSION
-            else f"executorch {VERSION} is needed, found {found} -> pip install 'edgeforge[executorch]'"
-        )
+        return wrong_executorch()
 
     cannot_run = missing
 
     def refusals(self, graph: Graph, target: Target) -> list[Reason]:
-        """XNNPACK has 8-bit activations and per-channel weights only."""
+        """Graphs without any 8-bit layer (all would run in float), and block-wise weights."""
+        layers = [node for node in graph.nodes if node.op in ("linear", "conv2d")]
+        wide = all(graph.type(node.inputs[0]).dtype == "u16" for node in layers)
         reasons = []
-        for node in graph.nodes:
-            where = node.source or node.output
-            wide = {graph.type(name).dtype for name in (*node.inputs, node.output)} & {"u16", "i64"}
-            if wide:
-                reasons.append(
-                    Reason(where, node.op, f"{', '.join(wide)} tensors do not lower to XNNPACK", "export at w8a8")
-                )
-            if any((q := graph.type(name).q) is not None and q.block for name in node.inputs):
+        for node in layers:
+            where, q = node.source or node.output, graph.type(node.inputs[1]).q
+            if q is not None and q.block is not None:
                 reasons.append(Reason(where, node.op, "block-wise weights do not lower to XNNPACK", "export at w4a8"))
+            elif wide:
+                why = "XNNPACK has no 16-bit integers, and no other layer reads 8-bit activations"
+                remedy = f"export at w{BITS[graph.type(node.inputs[1]).dtype]}a8"
+                reasons.append(Reason(where, node.op, why, remedy))
         return reasons
 
     def compile(self, graph: Graph, target: Target, folder: Path) -> Artifact:
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-        from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
-        from torch.export import export
-
-        from edgeforge.dialects.pt2e import SignedModule, example_inputs
-
-        program = export(SignedModule(graph).eval(), example_inputs(graph), strict=False)
-        edge = to_edge_transform_and_lower(
-            program, partitioner=[XnnpackPartitioner()], compile_config=EdgeCompileConfig(_check_ir_validity=False)
-        )
-        calls = [str(n.target) for n in edge.exported_program().graph_module.graph.nodes if n.op == "call_function"]
-        islands = tuple(c for c in calls if "getitem" not in c and "executorch_call_delegate" not in c)
-        (folder / MODEL).write_bytes(edge.to_executorch().buffer)
+        with _quiet(self.name):
+            (folder / MODEL).write_bytes(_lower(graph))
         # A graph can lower and then fail at load: run it once.
-        self.run(folder, graph, target, {n: np.zeros(graph.type(n).shape, np.uint8) for n in graph.inputs})
-        edits = (
-            Edit("activations", "codes - 128, int8", "XNNPACK computes on signed codes; the real values are the same"),
-            Edit("biases", "float32 constants", "XNNPACK takes its biases as floats"),
-        )
-        return Artifact((MODEL,), edits=edits, islands=islands)
+        first = {name: np.zeros(graph.type(name).shape, NUMPY[graph.type(name).dtype]) for name in graph.inputs}
+        self.run(folder, graph, target, first)
+        return Artifact((MODEL,), edits=_edits(graph), islands=islands(graph))
 
     def run(self, folder: Path, graph: Graph, target: Target, feeds: Codes) -> dict[str, np.ndarray]:
-        from executorch.runtime import Runtime
+        with _quiet(self.name):
+            from executorch.runtime import Runtime
 
-        from edgeforge.dialects.pt2e import OFFSET, signed
-
-        try:
             # The program must outlive its method: the runtime keeps no reference.
             program = Runtime.get().load_program((folder / MODEL).read_bytes())
             method = program.load_method("forward")
-        except RuntimeError as error:
-            raise BackendFailed(f"executorch_xnnpack: {folder / MODEL} does not load: {error}") from None
-        count = len(next(iter(feeds.values())))
-        rows: list[list[Any]] = []
-        for i in range(count):
-            results = method.execute([signed(feeds[name][i : i + 1]) for name in graph.inputs])
-            rows.append([(r.numpy().astype(np.int16) + OFFSET).astype(np.uint8) for r in results])
-        return {name: np.concatenate([row[k] for row in rows]) for k, name in enumerate(graph.outputs)}
+
+            def step(piece: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+                results = method.execute([_entering(graph.type(name), piece[name]) for name in graph.inputs])
+                return {
+                    name: _leaving(graph.type(name), y.numpy()) for name, y in zip(graph.outputs, results, strict=True)
+                }
+
+            return in_batches(step, {name: graph.type(name).shape[0] for name in graph.inputs}, feeds)
+
+
+def _lower(graph: Graph) -> bytes:
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+    from torch.export import export
+
+    from edgeforge.dialects.pt2e import SignedModule, example_inputs
+
+    module = SignedModule(graph).eval()
+    program = export(module, example_inputs(module), strict=False)
+    config = EdgeCompileConfig(_check_ir_validity=False)
+    edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], compile_config=config)
+    return edge.to_executorch().buffer
+
+
+def islands(graph: Graph) -> tuple[str, ...]:
+    """Nodes that compute in float: without an 8-bit kernel, or with a 16-bit value among their activations."""
+    return tuple(node.output for node in graph.nodes if _in_float(graph, node))
+
+
+def _in_float(graph: Graph, node: Node) -> bool:
+    wide = any(graph.type(name).dtype == "u16" for name in (*node.inputs, node.output))
+    pooled = node.op == "reduce_mean" and not (node.attrs["keepdims"] and tuple(node.attrs["axes"]) == (2, 3))
+    return wide or pooled or (OPS[node.op].numerics != "move" and node.op not in INTEGER)
+
+
+def _edits(graph: Graph) -> tuple[Edit, ...]:
+    edits = [
+        Edit("activations", "codes - 128, int8", "XNNPACK computes on signed codes; the real values are the same"),
+        Edit("biases", "float32 constants", "XNNPACK takes its biases as floats"),
+    ]
+    if any(value.type.dtype == "u16" for value in graph.values.values()):
+        what = "float32, neither rounded nor saturated; so are the weights of layers that read them"
+        edits.append(Edit("16-bit activations", what, "XNNPACK has no 16-bit integers"))
+    for name in (*graph.inputs, *graph.outputs):
+        if graph.type(name).dtype == "u16":
+            why = "XNNPACK has no 16-bit integers; the caller applies the manifest's scale and zero point"
+            edits.append(Edit(name, "float32 values instead of uint16 codes", why))
+    return tuple(edits)
+
+
+def _entering(kind: TensorType, codes: np.ndarray) -> Any:
+    """Codes as the program takes them: int8, float32 for 16-bit values, int64 for ids."""
+    import torch
+
+    from edgeforge.dialects.pt2e import signed
+
+    if kind.dtype == "u8":
+        return torch.from_numpy(signed(codes))
+    return torch.from_numpy(np.ascontiguousarray(codes if kind.q is None else kind.q.dequantize(codes)))
+
+
+def _leaving(kind: TensorType, result: np.ndarray) -> np.ndarray:
+    """The graph's codes of what the program returns (a copy: the runtime reuses its memory)."""
+    from edgeforge.dialects.pt2e import unsigned
+
+    if kind.dtype == "u8":
+        return unsigned(result)
+    return result.copy() if kind.q is None else kind.q.quantize(result, kind.dtype)
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Python's and native code's chatter goes to a log, which stays when the runtime or the lowering fails. ExecuTorch
+    prints through ``sys.stderr``, which need not be file descriptor 2 (notebooks, test runners)."""
+    log = new_log(name)
+    try:
+        with log.open("a") as stream, redirected(log), redirect_stdout(stream), redirect_stderr(stream):
+            yield
+    except (RuntimeError, AssertionError) as error:
+        raise BackendFailed(f"{name}: {error}; log: {log}\n{telling_lines(log)}") from error
+    log.unlink()
 
 
 BACKEND = ExecutorchXnnpack()

@@ -1,5 +1,6 @@
-"""The PT2E dialect: an integer graph as a torch module of quantize / float op / dequantize sandwiches
-(``quantized_decomposed``), as ExecuTorch's partitioners expect it. Activations are signed int8 (codes - 128)."""
+"""The PT2E dialect: an integer graph as a torch module of dequantize / float op / quantize sandwiches
+(``quantized_decomposed``), as ExecuTorch's partitioners expect it. Every use of a value gets a dequantize of its own: a
+shared one makes XNNPACK's partitioner report dependency cycles, and QNN's give only the first user its encoding."""
 
 from __future__ import annotations
 
@@ -10,91 +11,193 @@ import torch
 import torch.ao.quantization.fx._decomposed
 from torch import nn
 
+from edgeforge.ir.fixed import clamp_codes
 from edgeforge.ir.graph import Graph, Node
 from edgeforge.ir.op import BIAS, OPS, WEIGHT
-from edgeforge.ir.types import Value
+from edgeforge.ir.types import RANGE, TensorType, Value
 
 QD = torch.ops.quantized_decomposed
+#: XNNPACK computes on signed codes: uint8 codes - 128.
 OFFSET = 128
 
+#: quant_min, quant_max and dtype of a tensor's codes, as the dialect declares them.
+Codes = tuple[int, int, torch.dtype]
 
-class SignedModule(nn.Module):
-    """An 8-bit integer graph with int8 inputs and outputs. Every use gets its own dequantize: a shared one makes the
-    XNNPACK partitioner report dependency cycles."""
+
+class _Module(nn.Module):
+    """The walk that both variants share; they differ in how values are stored between nodes."""
 
     def __init__(self, graph: Graph):
         super().__init__()
-        self.graph = graph
+        self.graph, self.users = graph, graph.users()
         self.index = {value.name: i for i, value in enumerate(graph.constants())}
         for value in graph.constants():
-            self.register_buffer(f"c{self.index[value.name]}", _constant(value))
-            if value.type.q is not None and value.type.q.axis is not None:
-                self.register_buffer(f"s{self.index[value.name]}", torch.from_numpy(value.type.q.scale.copy()))
-                # The partitioner insists on a named tensor of zero points.
-                zeros = torch.zeros(value.type.q.scale.shape, dtype=torch.int64)
-                self.register_buffer(f"z{self.index[value.name]}", zeros)
+            i, q = self.index[value.name], value.type.q
+            self.register_buffer(f"c{i}", self.stored(value))
+            if q is not None and q.axis is not None:
+                self.register_buffer(f"s{i}", torch.from_numpy(q.scale.copy()))
+                # Partitioners insist on a tensor of zero points.
+                self.register_buffer(f"z{i}", torch.zeros(q.scale.shape, dtype=torch.int64))
+
+    def stored(self, value: Value) -> torch.Tensor:
+        """The buffer that holds a constant."""
+        raise AssertionError("of the variants")
+
+    def codes(self, kind: TensorType) -> Codes | None:
+        """How codes of ``kind`` are declared; None where the value stays float."""
+        raise AssertionError("of the variants")
+
+    def walk(self, known: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        for node in self.graph.nodes:
+            known[node.output] = self.compute(node, known)
+        return known
+
+    def compute(self, node: Node, known: dict[str, torch.Tensor]) -> torch.Tensor:
+        operands = [self.real(node, i, known) for i in range(len(node.inputs))]
+        return self.quantize(node.output, self.clamp(node, _plain(self.graph, node, operands)))
+
+    def real(self, node: Node, i: int, known: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Input ``i`` of a node as the float op reads it."""
+        name, role = node.inputs[i], OPS[node.op].port(i).role
+        value = self.graph.values[name]
+        stored = getattr(self, f"c{self.index[name]}") if value.const else known[name]
+        if value.type.q is None or stored.dtype == torch.float32:
+            return stored
+        return self.per_channel(node, value, stored) if role in (WEIGHT, BIAS) else self.dequantize(stored, value.type)
+
+    def per_channel(self, node: Node, value: Value, stored: torch.Tensor) -> torch.Tensor:
+        """Weights (and biases as codes)."""
+        i, kind = self.index[value.name], value.type
+        assert kind.q is not None
+        low, high = self.weight_range(node, kind)
+        if kind.q.block is not None:
+            return _blockwise(stored, getattr(self, f"s{i}"), getattr(self, f"z{i}"), kind.q.block, low, high)
+        if kind.q.axis is None:
+            return QD.dequantize_per_tensor.default(stored, float(kind.q.scale), 0, low, high, stored.dtype)
+        scale, zero = getattr(self, f"s{i}"), getattr(self, f"z{i}")
+        return QD.dequantize_per_channel.default(stored, scale, zero, 0, low, high, stored.dtype)
+
+    def weight_range(self, node: Node, kind: TensorType) -> tuple[int, int]:
+        return RANGE[kind.dtype]
+
+    def dequantize(self, codes: torch.Tensor, kind: TensorType) -> torch.Tensor:
+        declared = self.codes(kind)
+        assert declared is not None and kind.q is not None
+        zero = kind.q.zero + declared[0]
+        return QD.dequantize_per_tensor.default(codes, float(kind.q.scale), zero, *declared)
+
+    def quantize(self, name: str, real: torch.Tensor) -> torch.Tensor:
+        kind = self.graph.type(name)
+        declared = self.codes(kind)
+        if declared is None:
+            return real
+        assert kind.q is not None
+        return QD.quantize_per_tensor.default(real, float(kind.q.scale), kind.q.zero + declared[0], *declared)
+
+    def clamp(self, node: Node, y: torch.Tensor) -> torch.Tensor:
+        """The fused activation as relu / relu6 / hardtanh: partitioners fuse no torch.clamp."""
+        if "clamp" not in node.attrs:
+            return y
+        low, high = node.attrs["clamp"]
+        if low == 0.0 and high == float("inf"):
+            return nn.functional.relu(y)
+        return nn.functional.relu6(y) if (low, high) == (0.0, 6.0) else nn.functional.hardtanh(y, low, high)
+
+
+class SignedModule(_Module):
+    """For XNNPACK: 8-bit activations as int8 (codes - 128), inputs and outputs too, biases as floats. It has no 16-bit
+    integers: such values stay float, unrounded, from the node that makes them to those that read them, and so do the
+    weights of layers that read them."""
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        codes = dict(zip(self.graph.inputs, inputs, strict=True))
-        for node in self.graph.nodes:
-            operands = [self._real(node, i, codes) for i in range(len(node.inputs))]
-            codes[node.output] = self._quantize(node.output, _compute(self.graph, node, operands))
-        return tuple(codes[name] for name in self.graph.outputs)
+        known = self.walk(dict(zip(self.graph.inputs, inputs, strict=True)))
+        return tuple(known[name] for name in self.graph.outputs)
 
-    def _real(self, node: Node, i: int, codes: dict[str, torch.Tensor]) -> torch.Tensor:
-        name = node.inputs[i]
-        value = self.graph.values[name]
-        stored = getattr(self, f"c{self.index[name]}") if value.const else codes[name]
-        role = OPS[node.op].port(i).role
-        if role == BIAS or value.type.q is None:
-            return stored
-        if role == WEIGHT:
-            scale = getattr(self, f"s{self.index[name]}")
-            low, high = (-8, 7) if value.type.dtype == "i4" and node.op == "linear" else (-7, 7)
-            low, high = (low, high) if value.type.dtype == "i4" else (-127, 127)
-            zero = getattr(self, f"z{self.index[name]}")
-            return QD.dequantize_per_channel.default(stored, scale, zero, 0, low, high, torch.int8)
-        q = value.type.q
-        return QD.dequantize_per_tensor.default(stored, float(q.scale), q.zero - OFFSET, -128, 127, torch.int8)
+    def compute(self, node: Node, known: dict[str, torch.Tensor]) -> torch.Tensor:
+        if node.op != "gather":
+            return super().compute(node, known)
+        # Rows of codes: the runtime's embedding takes any dtype, and no dequantize is left outside the delegates.
+        return _plain(self.graph, node, [getattr(self, f"c{self.index[node.inputs[0]]}"), known[node.inputs[1]]])
 
-    def _quantize(self, name: str, real: torch.Tensor) -> torch.Tensor:
-        q = self.graph.type(name).q
-        assert q is not None
-        return QD.quantize_per_tensor.default(real, float(q.scale), q.zero - OFFSET, -128, 127, torch.int8)
+    def codes(self, kind: TensorType) -> Codes | None:
+        return (-128, 127, torch.int8) if kind.dtype == "u8" else None
 
+    def weight_range(self, node: Node, kind: TensorType) -> tuple[int, int]:
+        """A linear declared -8..7 is packed to int4; a convolution declared so fails at load."""
+        return (-8, 7) if kind.dtype == "i4" and node.op == "linear" else RANGE[kind.dtype]
 
-def _constant(value: Value) -> torch.Tensor:
-    """Weights stay int8 codes, biases become float32 (XNNPACK wants them so), activations are shifted to int8."""
-    assert value.data is not None
-    kind = value.type
-    if kind.dtype == "i32":
-        assert kind.q is not None
-        return torch.from_numpy(kind.q.dequantize(value.data))
-    if kind.dtype == "u8":
-        return torch.from_numpy((value.data.astype(np.int16) - OFFSET).astype(np.int8))
-    return torch.from_numpy(value.data.copy())
+    def stored(self, value: Value) -> torch.Tensor:
+        assert value.data is not None
+        kind = value.type
+        wide = any(self.graph.type(node.inputs[0]).dtype == "u16" for node in self.users[value.name])
+        if kind.dtype in ("i32", "u16") or (wide and kind.dtype in ("i8", "i4")):
+            assert kind.q is not None
+            return torch.from_numpy(kind.q.dequantize(value.data))
+        if kind.dtype == "u8":
+            return torch.from_numpy(signed(value.data))
+        return torch.from_numpy(value.data.copy())
 
 
-def _compute(graph: Graph, node: Node, operands: list[torch.Tensor]) -> torch.Tensor:
-    """The float op, its fused clamp as relu / relu6 / hardtanh (the partitioner fuses no torch.clamp)."""
+class UnsignedModule(_Module):
+    """For QNN: uint8 / uint16 activations, int32 biases. Inputs and outputs are floats behind a quantize and in front
+    of a dequantize, which the lowering strips; ids are int32."""
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        real = dict(zip(self.graph.inputs, inputs, strict=True))
+        known = self.walk({name: self.quantize(name, x) for name, x in real.items()})
+        return tuple(self.dequantize(known[name], self.graph.type(name)) for name in self.graph.outputs)
+
+    def codes(self, kind: TensorType) -> Codes | None:
+        return {"u8": (0, 255, torch.uint8), "u16": (0, 65535, torch.uint16)}.get(kind.dtype)
+
+    def stored(self, value: Value) -> torch.Tensor:
+        assert value.data is not None
+        return torch.from_numpy(value.data.copy())
+
+    def clamp(self, node: Node, y: torch.Tensor) -> torch.Tensor:
+        """Nothing where the output's encoding saturates there anyway; else behind a sandwich of its own (HTP's compiler
+        takes no operation without an encoded result)."""
+        view = self.graph.view(node)
+        if "clamp" not in node.attrs or clamp_codes(view) == RANGE[view.out.dtype]:
+            return y
+        return super().clamp(node, self.dequantize(self.quantize(node.output, y), view.out))
+
+
+def _blockwise(
+    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, block: int, low: int, high: int
+) -> torch.Tensor:
+    """4-bit codes [O, I] with a scale per ``block`` inputs."""
+    import torchao.quantization.quant_primitives  # noqa: F401 (registers torch.ops.torchao)
+
+    affine = torch.ops.torchao.dequantize_affine.default
+    return affine(codes, [1, block], scale, zero, torch.int8, low, high, output_dtype=torch.float32)
+
+
+def _plain(graph: Graph, node: Node, operands: list[torch.Tensor]) -> torch.Tensor:
+    """The float op without its fused clamp."""
     plain = Node(node.op, node.inputs, node.output, {k: v for k, v in node.attrs.items() if k != "clamp"}, node.source)
-    y = OPS[node.op].torch(torch, graph.view(plain), *operands)
-    if "clamp" not in node.attrs:
-        return y
-    low, high = node.attrs["clamp"]
-    if low == 0.0 and high == float("inf"):
-        return nn.functional.relu(y)
-    return nn.functional.relu6(y) if (low, high) == (0.0, 6.0) else nn.functional.hardtanh(y, low, high)
+    return OPS[node.op].torch(torch, graph.view(plain), *operands)
 
 
-def example_inputs(graph: Graph) -> tuple[torch.Tensor, ...]:
-    """Zero codes of every input, int8."""
-    return tuple(torch.zeros(graph.type(name).shape, dtype=torch.int8) for name in graph.inputs)
+def signed(codes: np.ndarray) -> np.ndarray:
+    """uint8 codes as contiguous int8 (a channels-last tensor is silently misread)."""
+    return np.ascontiguousarray((codes.astype(np.int16) - OFFSET).astype(np.int8))
 
 
-def signed(codes: np.ndarray) -> Any:
-    """uint8 codes as a contiguous int8 tensor (a channels-last one is silently misread)."""
-    return torch.from_numpy(np.ascontiguousarray((codes.astype(np.int16) - OFFSET).astype(np.int8)))
+def unsigned(codes: np.ndarray) -> np.ndarray:
+    """Inverse of `signed`."""
+    return (codes.astype(np.int16) + OFFSET).astype(np.uint8)
 
 
-__all__ = ["SignedModule", "example_inputs", "signed"]
+def example_inputs(module: _Module) -> tuple[torch.Tensor, ...]:
+    """Zeros of every input in the dtype that the module takes."""
+    ids, taken = (torch.int64, torch.int8) if isinstance(module, SignedModule) else (torch.int32, torch.float32)
+    made = []
+    for name in module.graph.inputs:
+        kind = module.graph.type(name)
+        dtype = ids if kind.q is None else taken if kind.dtype == "u8" else torch.float32
+        made.append(torch.zeros(kind.shape, dtype=dtype))
+    return tuple(made)
+
+
+__all__: list[Any] = ["SignedModule", "UnsignedModule", "example_inputs", "signed", "unsigned"]

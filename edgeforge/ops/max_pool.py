@@ -30,8 +30,10 @@ def onnx(g: Any, n: NodeView, x: str) -> str:
 
 def torch(T: Any, n: NodeView, x: Any) -> Any:
     top, left, bottom, right = n["pads"]
-    x = T.nn.functional.pad(x, (left, right, top, bottom), value=float("-inf")) if any(n["pads"]) else x
-    return T.nn.functional.max_pool2d(x, n["kernel"], n["stride"])
+    padding = (top, left)
+    if padding != (bottom, right):
+        x, padding = T.nn.functional.pad(x, (left, right, top, bottom), value=float("-inf")), (0, 0)
+    return T.nn.functional.max_pool2d(x, n["kernel"], n["stride"], padding)
 
 
 register(Op("max_pool", (Port("x"),), infer, integer, move_cost, onnx, torch, shared=True, doc=__doc__))

@@ -11,8 +11,8 @@ from edgeforge.ir.fixed import (
     Constants,
     Rule,
     along_channel,
+    channel_scale,
     f32,
-    ratios,
     saturate,
     shift_right,
     with_range,
@@ -22,7 +22,9 @@ from edgeforge.ir.rules.exact import EXACT_VALUE, Profile
 
 
 def _derive_fp32(n: NodeView) -> Constants:
-    mantissa, exponent = np.frexp(ratios(n).astype(np.float32))
+    """Both runtimes multiply and divide the scales in float32, in this order."""
+    ratio = f32(n.q(0).scale * f32(channel_scale(n.q(1)).reshape(-1))) / n.q(-1).scale
+    mantissa, exponent = np.frexp(f32(ratio))
     return with_range(n, mult=np.ldexp(mantissa, 24).astype(np.int64), shift=24 - exponent.astype(np.int64))
 
 

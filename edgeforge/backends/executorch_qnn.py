@@ -1,0 +1,115 @@
+"""executorch_qnn: a ``.pte`` whose QNN delegate holds a context binary for the target's Hexagon; here on the emulator.
+
+Codes in and codes out, as ort_qnn. ExecuTorch looks for Qualcomm's SDK; the libraries that onnxruntime-qnn brings serve
+as well, from a folder of links that lives as long as the child process."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from edgeforge.backends import Artifact, Codes, Edit, _htp
+from edgeforge.backends._child import in_child, run_in_child, save_arrays
+from edgeforge.backends.executorch_xnnpack import wrong_executorch
+from edgeforge.backends.ort_qnn import BACKEND as ORT_QNN
+from edgeforge.errors import Reason
+from edgeforge.ir.graph import Graph, Node
+from edgeforge.ir.text import print_graph, tensors
+from edgeforge.ir.types import Value
+from edgeforge.sim.evaluate import check_feeds
+from edgeforge.target import Target
+
+MODEL = "model.pte"
+WORKER = "edgeforge.backends._executorch_qnn_worker"
+
+
+class ExecutorchQnn:
+    name = "executorch_qnn"
+    numerics = ""
+    summary = "ExecuTorch program with a context binary for the Hexagon NPU; runs on Qualcomm's HTP emulator"
+
+    def missing(self) -> str:
+        return wrong_executorch() or ORT_QNN.missing()
+
+    cannot_run = missing
+
+    def refusals(self, graph: Graph, target: Target) -> list[Reason]:
+        return _htp.refusals(graph, target)
+
+    def prepare(self, graph: Graph, target: Target) -> tuple[Graph, tuple[Edit, ...]]:
+        """The graph in the forms that ExecuTorch's lowering and HTP take, and what was changed."""
+        prepared, edits = _htp.prepare(graph, target)
+        ids = [name for name in graph.inputs if graph.type(name).q is None]
+        why = "HTP has no 64-bit integers"
+        edits += tuple(Edit(name, "the program takes int32 ids", why) for name in ids)
+        prepared, padded = _explicit_pads(prepared)
+        return prepared, edits + padded
+
+    def compile(self, graph: Graph, target: Target, folder: Path) -> Artifact:
+        assert target.soc is not None
+        prepared, edits = self.prepare(graph, target)
+        with tempfile.TemporaryDirectory(prefix="edgeforge-") as place, qnn_sdk() as environment:
+            files = {"graph": f"{place}/graph.txt", "arrays": f"{place}/arrays.npz", "pte": str(folder / MODEL)}
+            Path(files["graph"]).write_text(print_graph(prepared))
+            save_arrays(files["arrays"], tensors(prepared))
+            in_child(self.name, WORKER, {"action": "compile", "soc": target.soc.name, **files}, environment)
+        return Artifact((MODEL,), options={"soc_model": target.soc.name}, edits=edits)
+
+    def run(self, folder: Path, graph: Graph, target: Target, feeds: Codes) -> dict[str, np.ndarray]:
+        check_feeds(graph, feeds)  # the runtime answers a wrong dtype with a segmentation fault
+        request = {
+            "action": "run",
+            "pte": str(folder / MODEL),
+            "inputs": list(graph.inputs),
+            "results": list(graph.outputs),
+            "sizes": {name: graph.type(name).shape[0] for name in graph.inputs},
+        }
+        with qnn_sdk() as environment:
+            return run_in_child(self.name, WORKER, request, feeds, environment)
+
+
+def _explicit_pads(graph: Graph) -> tuple[Graph, tuple[Edit, ...]]:
+    """y = conv2d(x) {uneven pads}   =>   p = pad(x); y = conv2d(p)     (and avg_pool with any padding)
+
+    Torch pads so with an operation of its own."""
+    values, nodes, edits = dict(graph.values), [], []
+    for node in graph.nodes:
+        pads = node.attrs.get("pads", (0, 0, 0, 0))
+        uneven = node.op == "conv2d" and pads[:2] != pads[2:]
+        if uneven or (node.op == "avg_pool" and any(pads)):
+            name, kind = f"{node.output}.padded", graph.type(node.inputs[0])
+            made = Node("pad", node.inputs[:1], name, {"pads": pads}, node.source)
+            batch, channels, height, width = kind.shape
+            shape = (batch, channels, height + pads[0] + pads[2], width + pads[1] + pads[3])
+            values[name] = Value(name, replace(kind, shape=shape))
+            node = replace(node, inputs=(name, *node.inputs[1:]), attrs={**node.attrs, "pads": (0, 0, 0, 0)})
+            nodes.append(made)
+            edits.append(Edit(node.output, "padding as a node of its own", "each operation needs an encoded result"))
+        nodes.append(node)
+    return graph.rebuild(nodes, values), tuple(edits)
+
+
+@contextmanager
+def qnn_sdk() -> Iterator[dict[str, str]]:
+    """An environment in which ExecuTorch finds a QNN SDK: a folder of links to onnxruntime-qnn's libraries."""
+    spec = importlib.util.find_spec("onnxruntime_qnn")
+    assert spec is not None and spec.origin is not None
+    package = Path(spec.origin).parent
+    with tempfile.TemporaryDirectory(prefix="edgeforge-qnn-") as root:
+        libraries = Path(root) / "lib" / "x86_64-linux-clang"
+        libraries.mkdir(parents=True)
+        for library in (*package.glob("libQnn*.so"), package / "libHtpPrepare.so"):
+            (libraries / library.name).symlink_to(library)
+        paths = (str(libraries), f"{package}.libs", os.environ.get("LD_LIBRARY_PATH", ""))
+        yield {**os.environ, "QNN_SDK_ROOT": root, "LD_LIBRARY_PATH": ":".join(filter(None, paths))}
+
+
+BACKEND = ExecutorchQnn()
