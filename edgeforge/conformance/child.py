@@ -61,11 +61,13 @@ class Child:
         theirs.close()
 
     def stop(self) -> None:
+        """End the child: by closing its pipe, or by force where it is busy or stuck."""
         if self.process is not None:
+            self.pipe.close()
+            self.process.join(5)
             self.process.kill()
             self.process.join()
             self.process = None
-            self.pipe.close()
 
     def __enter__(self) -> Child:
         return self
