@@ -13,8 +13,8 @@ from edgeforge.ir.fixed import (
     Constants,
     Rule,
     along_channel,
+    channel_scale,
     f32,
-    ratios,
     saturate,
     shift_right,
     with_range,
@@ -26,7 +26,7 @@ from edgeforge.ir.types import RANGE
 
 
 def _derive_fp32(n: NodeView) -> Constants:
-    mantissa, exponent = np.frexp(ratios(n).astype(np.float32))
+    mantissa, exponent = np.frexp(f32(n.q(0).scale * f32(channel_scale(n.q(1)).reshape(-1))) / n.q(-1).scale)
     return with_range(n, mult=np.ldexp(mantissa, 24).astype(np.int64), shift=24 - exponent.astype(np.int64))
 
 
@@ -145,10 +145,46 @@ def _apply_ort_mul(n: NodeView, a: Array, b: Array) -> Array:
     return saturate(n, _rounded(product.astype(np.float32) * ratio + np.float32(zero)) - zero)
 
 
+def _derive_ort_softmax(n: NodeView) -> Constants:
+    """QLinearSoftmax: float32 exponentials of (code - 255), lifted so that a row's sum stays far below overflow; the
+    inverse of the output scale is cut to an integer."""
+    size, scale = n.shape(0)[n["axis"]], np.float64(n.q(0).scale)
+    lift = max(0.0, float(np.log(np.finfo(np.float32).max / np.float32(size))) - 5) / scale
+    table = f32(np.exp((np.arange(256) - 255 + lift) * scale))
+    return with_range(n, exp=table, steps=int(np.floor(np.float32(1) / n.q(-1).scale)))
+
+
+def _apply_ort_softmax(n: NodeView, x: Array) -> Array:
+    axis = n["axis"]
+    power = n.fixed["exp"][255 - x.max(axis, keepdims=True).astype(np.int64) + x]
+    # Summed one by one, in float32.
+    total = np.take(np.add.accumulate(power, axis, dtype=np.float32), [-1], axis)
+    return saturate(n, _rounded(power * np.float32(n.fixed["steps"]) / total))
+
+
+def _derive_ort_mean(n: NodeView) -> Constants:
+    """QLinearGlobalAveragePool: float32 s_x / (s_y * count). Other means are float32 operations."""
+    count = n.type(0).size // n.out.size
+    return _float_scale(n, n.q(0).scale / f32(n.q(-1).scale * np.float32(count)))
+
+
+def _apply_ort_mean(n: NodeView, total: Array) -> Array:
+    if n["axes"] == (2, 3) and n["keepdims"]:
+        return _apply_float_scale(n, total)
+    return _apply_mean_of_floats(n, total)
+
+
+def _apply_mean_of_floats(n: NodeView, total: Array) -> Array:
+    """As if the float32 sum were exact; the order in which it is taken is the runtime's affair."""
+    count = int(np.prod(n["kernel"])) if "kernel" in n.attrs else n.type(0).size // n.out.size
+    return _by_division(n, f32(total * np.float64(n.q(0).scale)) / np.float32(count))
+
+
 def _apply_float_binary(n: NodeView, a: Array, b: Array) -> Array:
     return _by_division(n, _real_binary(n, a, b))
 
 
+FLOAT = "float32 kernel: sums and functions differ in their last bit, so a tie can fall either way"
 RULES = (
     Rule("fp32", _derive_fp32, _apply_fp32, "exact"),
     Rule("fp32_mul", _derive_fp32_mul, _apply_fp32_mul, "exact"),
@@ -157,6 +193,11 @@ RULES = (
     Rule("ort_add", with_range, _apply_ort_add, "exact"),
     Rule("ort_mul", with_range, _apply_ort_mul, "exact"),
     Rule("ort_float", with_range, _apply_float_binary, "exact"),
+    Rule("ort_softmax", _derive_ort_softmax, _apply_ort_softmax, "exact"),
+    Rule("ort_mean", _derive_ort_mean, _apply_ort_mean, "bounded", FLOAT),
+    Rule("ort_float_mean", with_range, _apply_mean_of_floats, "bounded", FLOAT),
+    Rule("ort_float_dot", _derive_fp32, _apply_fp32, "bounded", FLOAT),
+    Rule("ort_float_table", _derive_float_table(_by_division), apply_table, "bounded", FLOAT),
     Rule("ort_table", _derive_float_table(_by_division), apply_table, "exact"),
     Rule("xnnpack_table", _derive_float_table(_by_inverse), apply_table, "exact"),
 )
@@ -168,11 +209,28 @@ _XNNPACK = {
     "mean": "fp32_mean",
     "table": "xnnpack_table",
 }
-_ORT = {"dot": "fp32", "add": "ort_float", "sub": "ort_float", "mul": "ort_float", "table": "ort_table"}
+#: Functions that are one correctly rounded float32 operation.
+_ROUNDED_ONCE = ("clip", "neg", "reciprocal", "relu", "requantize", "sqrt")
+_ORT = {
+    **EXACT_VALUE,
+    "dot": "ort_float_dot",
+    "add": "ort_float",
+    "sub": "ort_float",
+    "mul": "ort_float",
+    "mean": "ort_float_mean",
+    "table": "ort_float_table",
+    **{op: "ort_table" for op in _ROUNDED_ONCE},
+}
+_ORT8 = {
+    "dot": "fp32",
+    "dot_i4": "ort_float_dot",
+    "add": "ort_add",
+    "mul": "ort_mul",
+    "reduce_mean": "ort_mean",
+    "softmax": "ort_softmax",
+    "table": "ort_table",
+}
 PROFILES: dict[str, Profile] = {
     "xnnpack": {"u8": {**EXACT_VALUE, **_XNNPACK}, "u16": {**EXACT_VALUE, "dot": "fp32"}},
-    "ort-cpu": {
-        "u8": {**EXACT_VALUE, **_ORT, "add": "ort_add", "mul": "ort_mul"},
-        "u16": {**EXACT_VALUE, **_ORT},
-    },
+    "ort-cpu": {"u8": {**_ORT, **_ORT8}, "u16": _ORT},
 }
