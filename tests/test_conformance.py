@@ -11,7 +11,7 @@ import pytest
 import edgeforge.ops  # noqa: F401
 from edgeforge.backends import backend
 from edgeforge.conformance import page
-from edgeforge.conformance.cases import CHAIN, make_case, precisions, union
+from edgeforge.conformance.cases import CHAIN, make_case, precisions, prefix, union
 from edgeforge.conformance.child import Child
 from edgeforge.conformance.run import conformance, outcomes, select
 from edgeforge.conformance.samplers import without_sampler
@@ -61,7 +61,7 @@ def test_a_batch_of_cases_computes_what_each_case_does() -> None:
     for case in cases:
         alone = simulate(with_profile(case.graph, "xnnpack"), case.feeds)
         for name, codes in alone.items():
-            assert np.array_equal(together[f"c{case.number}.{name}"], codes)
+            assert np.array_equal(together[prefix(case) + name], codes)
 
 
 @needs_ort

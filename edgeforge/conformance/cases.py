@@ -39,6 +39,10 @@ class Case:
     graph: Graph
     feeds: Mapping[str, np.ndarray]
 
+    @property
+    def row(self) -> tuple[str, str]:
+        return self.op, self.precision
+
 
 def precisions(op: str) -> tuple[str, ...]:
     if all(port.role != WEIGHT for port in OPS[op].ports):
@@ -244,4 +248,4 @@ def union(cases: Sequence[Case]) -> tuple[Graph, dict[str, np.ndarray]]:
 
 
 def prefix(case: Case) -> str:
-    return f"c{case.number}."
+    return f"{case.op}.{case.precision}.{case.number}."

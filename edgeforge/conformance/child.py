@@ -38,13 +38,13 @@ class Child:
         """Output codes, and the nodes that ran in float. Raises BackendFailed when the runtime refuses or dies."""
         if self.process is None:
             self.start()
-        self.pipe.send((graph, dict(feeds)))
         try:
+            self.pipe.send((graph, dict(feeds)))
             if not self.pipe.poll(TIMEOUT_S):
                 self.stop()
                 raise BackendFailed(f"{self.name}: no result after {TIMEOUT_S} s")
             answer = self.pipe.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, ConnectionError):
             self.stop()
             raise BackendFailed(
                 f"{self.name}: the runtime aborted its process:\n{telling_lines(self.log, 1)}"

@@ -22,7 +22,7 @@ from edgeforge.sim.evaluate import simulate
 from edgeforge.sim.parity import parity
 from edgeforge.target import Target
 
-#: Cases per session of the runtime.
+#: Cases per session of the runtime, of several rows where samples are few.
 BATCH = 50
 #: Terminal colors, and the time and place that ONNX Runtime puts before a message; paths of temporary files.
 _CHATTER = re.compile(r"\x1b\[[\d;]*m|^(BackendFailed: )?(\x1b\[[\d;]*m)?\d{4}-\d\d-\d\d .*?\] ")
@@ -91,12 +91,16 @@ def conformance(
         raise InvalidInput(f"backend {name}: {reason}")
     forced = None if chosen.numerics else target
     found = []
+    together = max(1, BATCH // samples)
     with Child(name, target) as child:
-        for op, precision in rows:
-            cases = [make_case(op, precision, number, seed, forced) for number in range(samples)]
-            row = measure(chosen, child, target, cases, keep)
-            found.append(row)
-            say(_line(row))
+        for start in range(0, len(rows), together):
+            part = rows[start : start + together]
+            cases = [make_case(op, precision, k, seed, forced) for op, precision in part for k in range(samples)]
+            made = outcomes(chosen, child, target, cases)
+            for key in part:
+                row = count([o for o in made if o.case.row == key], chosen.numerics or target.numerics, keep)
+                found.append(row)
+                say(_line(row))
     return found
 
 
@@ -109,14 +113,13 @@ def _line(row: Row) -> str:
     return text + (f"; refused: {row.refused}" if row.refused else "")
 
 
-def measure(chosen: Backend, child: Child, target: Target, cases: Sequence[Case], keep: Path | None = None) -> Row:
-    """The row of cases of one op and precision."""
-    row = Row(cases[0].op, cases[0].precision)
-    profile = chosen.numerics or target.numerics
+def count(made: Sequence[Outcome], profile: str, keep: Path | None = None) -> Row:
+    """The row of outcomes of one op and precision, against the simulator under the rounding rules of ``profile``."""
+    row = Row(*made[0].case.row)
     statuses: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     worst: tuple[int, int] = (0, 0)
-    for outcome in outcomes(chosen, child, target, cases):
+    for outcome in made:
         case = outcome.case
         if outcome.codes is None:
             reasons[outcome.refused] += 1
@@ -135,7 +138,7 @@ def measure(chosen: Backend, child: Child, target: Target, cases: Sequence[Case]
                 _keep(keep, case, expected, outcome.codes)
     known = {"exact", "table"}
     row.rule = "bounded" if set(statuses) - known else "table" if "table" in statuses else "exact"
-    row.refused = _summary(reasons, len(cases)) if reasons else None
+    row.refused = _summary(reasons, len(made)) if reasons else None
     return row
 
 
@@ -144,7 +147,7 @@ def _summary(reasons: Counter[str], cases: int) -> str:
 
 
 def outcomes(chosen: Backend, child: Child, target: Target, cases: Sequence[Case]) -> list[Outcome]:
-    """Every case with its result: prepared for the runtime, run in batches, one by one where a batch is refused."""
+    """Every case with its result: run in batches, one by one where a batch is refused."""
     found, ready = [], []
     for case in cases:
         reasons = chosen.refusals(case.graph, target)
@@ -158,8 +161,8 @@ def outcomes(chosen: Backend, child: Child, target: Target, cases: Sequence[Case
 
 
 def _batch(child: Child, cases: Sequence[Case]) -> list[Outcome]:
-    """A refused batch is halved; when its first cases are refused one after another, so are the rest."""
-    pending, found, in_a_row = [list(cases)], [], 0
+    """A refused batch is halved; when the first cases of a row are refused one by one, so is its rest."""
+    pending, found = [list(cases)], []
     while pending:
         part = pending.pop()
         graph, feeds = union(part)
@@ -170,14 +173,14 @@ def _batch(child: Child, cases: Sequence[Case]) -> list[Outcome]:
                 middle = (len(part) + 1) // 2
                 pending += [part[middle:], part[:middle]]
                 continue
-            reason = _short(str(failure))
+            row, reason = part[0].row, _short(str(failure))
             found.append(Outcome(part[0], refused=reason))
-            in_a_row += 1
-            if in_a_row == GIVE_UP == len(found):
-                rest = [case for part in pending for case in part]
-                return found + [Outcome(case, refused=f"{reason} (not tried, as the first {GIVE_UP})") for case in rest]
+            seen = [outcome for outcome in found if outcome.case.row == row]
+            if len(seen) >= GIVE_UP and all(outcome.refused for outcome in seen):
+                text = f"{reason} (not tried, as the first {GIVE_UP})"
+                found += [Outcome(case, refused=text) for part in pending for case in part if case.row == row]
+                pending = [kept for part in pending if (kept := [case for case in part if case.row != row])]
             continue
-        in_a_row = 0
         for case in part:
             name = prefix(case) + case.graph.outputs[0]
             island = any(node.startswith(prefix(case)) for node in islands)

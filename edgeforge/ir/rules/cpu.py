@@ -47,6 +47,9 @@ def _derive_xnnpack_sum(n: NodeView) -> Constants:
 
 
 def _apply_xnnpack_sum(n: NodeView, a: Array, b: Array) -> Array:
+    """Integer where nothing follows; an activation behind it keeps the sum in float32."""
+    if "clamp" in n.attrs:
+        return _by_inverse(n, _real_binary(n, a, b))
     left, right = n.fixed["mult"]
     total = left * (a.astype(np.int64) - n.zero(0)) + right * (b.astype(np.int64) - n.zero(1))
     return saturate(n, shift_right(total + (1 << (n.fixed["shift"] - 1)), n.fixed["shift"]))
@@ -72,6 +75,8 @@ def _apply_float_scale(n: NodeView, total: Array) -> Array:
 
 
 def _apply_fp32_mul(n: NodeView, a: Array, b: Array) -> Array:
+    if "clamp" in n.attrs:
+        return _by_inverse(n, _real_binary(n, a, b))
     return _apply_float_scale(n, (a.astype(np.int64) - n.zero(0)) * (b.astype(np.int64) - n.zero(1)))
 
 
