@@ -198,7 +198,7 @@ RULES = (
     Rule("ort_add", with_range, _apply_ort_add, "exact"),
     Rule("ort_mul", with_range, _apply_ort_mul, "exact"),
     Rule("ort_float", with_range, _apply_float_binary, "exact"),
-    Rule("ort_softmax", _derive_ort_softmax, _apply_ort_softmax, "exact"),
+    Rule("ort_softmax", _derive_ort_softmax, _apply_ort_softmax, "bounded", FLOAT),
     Rule("ort_mean", _derive_ort_mean, _apply_ort_mean, "bounded", FLOAT),
     Rule("ort_float_mean", with_range, _apply_mean_of_floats, "bounded", FLOAT),
     Rule("ort_float_dot", _derive_fp32, _apply_fp32, "bounded", FLOAT),
@@ -234,6 +234,9 @@ _ORT8 = {
     "reduce_mean": "ort_mean",
     "softmax": "ort_softmax",
     "table": "ort_table",
+    "hardswish": "ort_float_table",
+    # Alone exact; between two others ONNX Runtime merges the two encodings into one.
+    "requantize": "ort_float_table",
 }
 PROFILES: dict[str, Profile] = {
     "xnnpack": {"u8": {**EXACT_VALUE, **_XNNPACK}, "u16": {**EXACT_VALUE, "dot": "fp32"}},
