@@ -234,6 +234,38 @@ def ops(
 
 
 @app.command()
+def conformance(
+    target: Annotated[str, typer.Option(help="a name of `edgeforge targets`, or a YAML file")],
+    backend: Annotated[str, typer.Option(help="the real runtime to compare with")] = "ort_qnn",
+    op: Annotated[list[str] | None, typer.Option(help="only this op (repeatable)")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="only this precision (repeatable)")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="cases per op and precision")] = 20,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    keep: Annotated[Path | None, typer.Option(help="folder for the worst case of every row that differs")] = None,
+    write: Annotated[Path | None, typer.Option(help="page whose section of this target and backend is renewed")] = None,
+    as_json: Json = False,
+) -> None:
+    """Random one-op graphs on a real runtime and on the simulator: share of equal integers per op and precision."""
+    from edgeforge.conformance import page
+    from edgeforge.conformance.run import conformance as run
+    from edgeforge.conformance.run import select
+    from edgeforge.target import load_target
+
+    chosen = load_target(target)
+    rows = run(chosen, backend, select(op or (), precision or ()), samples, seed, keep, _say)
+    found = page.document(chosen, backend, seed, samples, rows)
+    if write is not None:
+        page.write(write, found)
+    if as_json:
+        _print(found)
+    else:
+        columns = ["op", "precision", "cases", "integers", "identical", "max_lsb", "rule", "refused"]
+        _table(
+            f"{chosen.name}: {backend}, {found['source']}", columns, [[r[c] for c in columns] for r in found["rows"]]
+        )
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """What works in this environment, and what to do about what does not."""
     from edgeforge.backends import backend, names
