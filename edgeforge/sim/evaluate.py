@@ -30,7 +30,7 @@ def simulate(
 
         kernels = Fast()
     constants = {value.name: value.data for value in graph.constants()}
-    return _walk(graph, {**constants, **feeds}, lambda n, *xs: OPS[n.node.op].integer(kernels, n, *xs), observe)
+    return _walk(graph, {**constants, **feeds}, kernels.run, observe)
 
 
 def run_float(graph: Graph, feeds: Mapping[str, np.ndarray], observe: Observer | None = None) -> dict[str, np.ndarray]:
