@@ -21,30 +21,33 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @compiled
-def patches(codes, channel, byte, fill, kernel, stride, dilation, corner, size, start, rows):
-    """int8 rows [R, KH * KW * C]: one byte of the codes under each window, less 128.
+def patches(codes, channels, channel, byte, fill, kernel, stride, dilation, corner, size, start, rows):
+    """int8 rows [R, KH * KW * C]: one byte of the codes [N, H, W * channels] under each window, less 128.
 
     The windows of output positions start.. of an output of ``size`` (H, W); ``corner``: (top, left) padding with the
     code ``fill``; the channels are channel..channel + C."""
-    height, width = codes.shape[1], codes.shape[2]
+    height, width = codes.shape[1], codes.shape[2] // channels
     depth = rows.shape[1] // (kernel[0] * kernel[1])
     outside = np.int8(((fill >> byte) & 255) - 128)
+    joined = dilation[1] == 1 and depth == channels
     for i in range(rows.shape[0]):
         image, place = divmod(start + i, size[0] * size[1])
         top, left = place // size[1] * stride[0] - corner[0], place % size[1] * stride[1] - corner[1]
         at = 0
         for ky in range(kernel[0]):
             y = top + ky * dilation[0]
-            for kx in range(kernel[1]):
+            whole = joined and 0 <= y < height and left >= 0 and left + kernel[1] <= width
+            run = depth * kernel[1] if whole else depth
+            for kx in range(1 if whole else kernel[1]):
                 x = left + kx * dilation[1]
-                row = rows[i, at : at + depth]
+                row = rows[i, at : at + run]
                 if 0 <= y < height and 0 <= x < width:
-                    pixel = codes[image, y, x, channel : channel + depth]
-                    for c in range(depth):
+                    pixel = codes[image, y, x * channels + channel : x * channels + channel + run]
+                    for c in range(run):
                         row[c] = np.int8(((pixel[c] >> byte) & 255) ^ 128)
                 else:
                     row[:] = outside
-                at += depth
+                at += run
 
 
 @compiled
@@ -87,16 +90,17 @@ def htp8(sums, row, column, base, shift, mult, zero, low, high, codes):
 
 
 @compiled
-def htp16(high_sums, low_sums, row, column, base, carry, shift, mult, zero, low, high, codes):
-    """The rule htp16; ``carry`` belongs to the low byte's sum before it is truncated."""
+def htp16(high_sums, low_sums, row, column, base, carry, left, right, mult, zero, low, high, codes):
+    """The rule htp16, shifted ``left`` or ``right``; ``carry`` belongs to the low byte's sum before it is cut."""
     width = high_sums.shape[1]
     b, k = base[column : column + width], carry[column : column + width]
-    s, m = shift[column : column + width], mult[column : column + width]
+    up, down, m = left[column : column + width], right[column : column + width], mult[column : column + width]
     for i in range(high_sums.shape[0]):
         upper, lower, out = high_sums[i], low_sums[i], codes[row + i, column : column + width]
         for c in range(width):
             acc = np.int64(upper[c]) + (np.int64(lower[c] + k[c]) >> 8) + b[c]
-            code = (((2 * (acc >> (s[c] & 63)) + 1) * m[c] + (np.int64(1) << 29)) >> 30) + zero
+            h = (acc << (up[c] & 63)) >> (down[c] & 63)
+            code = (((2 * h + 1) * m[c] + (np.int64(1) << 29)) >> 30) + zero
             out[c] = min(max(code, low), high)
 
 

@@ -131,7 +131,8 @@ def _layer(n: NodeView, windows: Windows, w: Array, bias: Array | None, groups: 
 def _dot(layer: Layer, image: Array, size: tuple[int, int]) -> Array:
     """Codes [positions, channels] of a layer on image [N, H, W, C], whose output has ``size`` (height, width)."""
     end, image = layer.finish, np.ascontiguousarray(image)
-    windows, fill = layer.windows, end.n.zero(0)
+    windows, fill, channels = layer.windows, end.n.zero(0), image.shape[-1]
+    lines = image.reshape(*image.shape[:2], -1)
     shape = (windows.kernel, windows.stride, windows.dilation, windows.corner, size)
     rows = len(image) * size[0] * size[1]
     codes = np.empty((rows, end.channels), NUMPY[end.n.out.dtype])
@@ -149,7 +150,7 @@ def _dot(layer: Layer, image: Array, size: tuple[int, int]) -> Array:
         left = _scratch.take("left", (len(shifts), block.stop - block.start, depth), np.int8)
         first = group * (depth // (windows.kernel[0] * windows.kernel[1]))
         for plane, shift in zip(left, shifts, strict=True):
-            compiled.patches(image, first, shift, fill, *shape, block.start, plane)
+            compiled.patches(lines, channels, first, shift, fill, *shape, block.start, plane)
         return left
 
     def product(left: Array, group: int, columns: slice, row: int) -> None:

@@ -69,12 +69,13 @@ def finish(n: NodeView, channels: int, lowered: int) -> Finish:
 
 
 def _fits(n: NodeView, planes: int) -> bool:
-    """Whether a compiled loop covers the node: shifts to the right, and the width of codes that its rule is made for."""
+    """Whether a compiled loop covers the node: the widths its rule is made for, and at 8 bits shifts to the right."""
     if n.node.rule == "fp32":
         return planes == 1
+    if n.node.rule == "htp16":
+        return planes == 2 and bool(np.abs(n.fixed["shift"]).max() < 63)
     shift = np.asarray(n.fixed["shift"])
-    wide = n.node.rule == "htp16"
-    return bool(shift.min() >= 0 and shift.max() < 63) and planes == 1 + wide and (wide or n.out.dtype == "u8")
+    return planes == 1 and n.out.dtype == "u8" and bool(shift.min() >= 0 and shift.max() < 63)
 
 
 def _spread(constant: Any, channels: int, dtype: type) -> Array:
@@ -94,10 +95,11 @@ def _htp8(n: NodeView, channels: int) -> Loop:
 
 def _htp16(n: NodeView, channels: int) -> Loop:
     shift, mult = (_spread(n.fixed[key], channels, np.int64) for key in ("shift", "mult"))
+    left, right = np.maximum(-shift, 0), np.maximum(shift, 0)
     limits = [int(x) for x in (n.q(-1).zero, n.fixed["low"], n.fixed["high"])]
 
     def loop(sums: Array, row: int, column: int, base: tuple[Array, Array], codes: Array) -> None:
-        compiled.htp16(sums[0], sums[1], row, column, *base, shift, mult, *limits, codes)
+        compiled.htp16(sums[0], sums[1], row, column, *base, left, right, mult, *limits, codes)
 
     return loop
 
