@@ -7,6 +7,7 @@ Everything else is the rule's own ``apply``, on blocks that stay in the cache an
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -23,7 +24,7 @@ from edgeforge.ir.types import NUMPY
 from edgeforge.sim import compiled
 from edgeforge.sim.reference import Array, Reference
 from edgeforge.sim.rounding import Finish, finish
-from edgeforge.sim.threads import Scratch, ranges, spread
+from edgeforge.sim.threads import Scratch, own_threads, ranges, spread
 
 T = TypeVar("T")
 
@@ -62,6 +63,9 @@ class Layer:
 
 class Fast(Reference):
     """Kernels that agree with Reference on every integer."""
+
+    def threads(self) -> AbstractContextManager[None]:
+        return own_threads()
 
     def run(self, n: NodeView, *codes: Array) -> Array:
         kernel = _KERNELS.get(n.node.op)
@@ -106,7 +110,7 @@ class Fast(Reference):
 
 def _linear(n: NodeView, x: Array, w: Array, b: Array | None = None) -> Array:
     layer = _once(n, lambda: _layer(n, Windows(), expand_blocks(n.q(1), w)[:, :, None, None], b, 1))
-    codes = _dot(layer, x.reshape(1, 1, -1, x.shape[-1]), (1, x.size // x.shape[-1]))
+    codes = _dot(n, layer, x.reshape(1, 1, -1, x.shape[-1]), (1, x.size // x.shape[-1]))
     return codes.reshape(*x.shape[:-1], -1)
 
 
@@ -114,7 +118,7 @@ def _conv2d(n: NodeView, x: Array, w: Array, b: Array | None = None) -> Array:
     windows = Windows(w.shape[2:], tuple(n["stride"]), tuple(n["dilation"]), tuple(n["pads"][:2]))
     layer = _once(n, lambda: _layer(n, windows, w, b, n["groups"]))
     _, channels, height, width = n.out.shape
-    codes = _dot(layer, x.transpose(0, 2, 3, 1), (height, width))
+    codes = _dot(n, layer, x.transpose(0, 2, 3, 1), (height, width))
     return codes.reshape(-1, height, width, channels).transpose(0, 3, 1, 2)
 
 
@@ -123,19 +127,19 @@ def _layer(n: NodeView, windows: Windows, w: Array, bias: Array | None, groups: 
     flat = np.ascontiguousarray(w.transpose(0, 2, 3, 1)).reshape(outputs, -1)
     alone = groups == outputs > 1 and depth == 1
     end = finish(n, outputs, 0 if alone else 128)
-    base = end.base(flat.sum(1, dtype=np.int64), bias)
+    base = end.base(n, flat.sum(1, dtype=np.int64), bias)
     taps = np.ascontiguousarray(flat.T) if alone else None
     return Layer(windows, () if alone else tuple(np.split(flat, groups)), taps, end, base)
 
 
-def _dot(layer: Layer, image: Array, size: tuple[int, int]) -> Array:
+def _dot(n: NodeView, layer: Layer, image: Array, size: tuple[int, int]) -> Array:
     """Codes [positions, channels] of a layer on image [N, H, W, C], whose output has ``size`` (height, width)."""
     end, image = layer.finish, np.ascontiguousarray(image)
-    windows, fill, channels = layer.windows, end.n.zero(0), image.shape[-1]
+    windows, fill, channels = layer.windows, n.zero(0), image.shape[-1]
     lines = image.reshape(*image.shape[:2], -1)
     shape = (windows.kernel, windows.stride, windows.dilation, windows.corner, size)
     rows = len(image) * size[0] * size[1]
-    codes = np.empty((rows, end.channels), NUMPY[end.n.out.dtype])
+    codes = np.empty((rows, end.channels), NUMPY[n.out.dtype])
     shifts = (8, 0) if end.planes == 2 else (0,)
 
     def depthwise(block: slice) -> None:
@@ -143,7 +147,7 @@ def _dot(layer: Layer, image: Array, size: tuple[int, int]) -> Array:
         sums = _scratch.take("sums", (len(shifts), block.stop - block.start, end.channels), np.int32)
         for plane, shift in zip(sums, shifts, strict=True):
             compiled.depthwise(image, layer.taps, shift, fill, *shape, block.start, plane)
-        end(sums, block.start, 0, layer.base, codes)
+        end(n, sums, block.start, 0, layer.base, codes)
 
     def gather(block: slice, group: int) -> Array:
         depth = layer.weights[group].shape[1]
@@ -156,7 +160,7 @@ def _dot(layer: Layer, image: Array, size: tuple[int, int]) -> Array:
     def product(left: Array, group: int, columns: slice, row: int) -> None:
         weights = layer.weights[group]
         sums = _int_mm(left, weights[columns].T)
-        end(sums, row, group * len(weights) + columns.start, layer.base, codes)
+        end(n, sums, row, group * len(weights) + columns.start, layer.base, codes)
 
     def by_rows(block: slice) -> None:
         for group, columns in enumerate(chunks):
@@ -200,7 +204,7 @@ def _matmul(n: NodeView, a: Array, b: Array) -> Array | None:
         if raised:
             sums += raised * planes.sum(-1, dtype=np.int32, keepdims=True)
         weight_sum = weights.sum(0, dtype=np.int64) + raised * depth
-        end(sums, 0, 0, end.base(weight_sum, None), codes[index])
+        end(n, sums, 0, 0, end.base(n, weight_sum, None), codes[index])
 
     spread(one, list(np.ndindex(*batch)))
     return codes
@@ -210,6 +214,8 @@ def _int_mm(left: Array, right: Array) -> Array:
     """int32 [P, R, N] of int8 [P, R, K] times int8 [K, N], in this thread's buffer."""
     planes, rows, depth = left.shape
     sums = _scratch.take("sums", (planes, rows, right.shape[1]), np.int32)
+    if depth == 1:  # torch 2.13 returns wrong sums for this depth
+        return np.multiply(left, right, out=sums, dtype=np.int32)
     flat, out = torch.from_numpy(left.reshape(-1, depth)), torch.from_numpy(sums.reshape(-1, right.shape[1]))
     if _int_mm_is_exact():
         torch._int_mm(flat, torch.from_numpy(right), out=out)

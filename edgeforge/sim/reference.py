@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
@@ -16,6 +17,10 @@ Array = np.ndarray
 
 class Reference:
     """The primitives that the ``integer`` column of the op table is written in. Arrays hold codes."""
+
+    def threads(self) -> AbstractContextManager[None]:
+        """What a whole run of a graph takes place in."""
+        return nullcontext()
 
     def run(self, n: NodeView, *codes: Array) -> Array:
         """One node: output codes from input codes."""

@@ -24,48 +24,53 @@ Loop = Callable[[Array, int, int, tuple[Array, Array], Array], None]
 
 @dataclass(frozen=True)
 class Finish:
-    """The end of a node's dot products. Sums come per byte plane of the input codes, each less ``lowered``."""
+    """The end of a node's dot products. Sums come per byte plane of the input codes, each less ``lowered``.
 
-    n: NodeView
+    It is kept as long as the graph, and therefore must not hold it: the node is passed in."""
+
     channels: int
     planes: int
     lowered: int
     loop: Loop | None
 
-    def base(self, weight_sum: Array, bias: Array | None) -> tuple[Array, Array]:
+    def base(self, n: NodeView, weight_sum: Array, bias: Array | None) -> tuple[Array, Array]:
         """(base, carry) int64 [channels]: what to add to the (joined) sums, and to the low byte's before it is cut."""
-        added = np.asarray(self.n.fixed.get("bias", 0 if bias is None else bias), np.int64)
-        offset, carry = self.n.zero(0) * weight_sum, self.lowered * weight_sum
-        if RULES[self.n.node.rule].bytewise:
+        added = np.asarray(n.fixed.get("bias", 0 if bias is None else bias), np.int64)
+        offset, carry = n.zero(0) * weight_sum, self.lowered * weight_sum
+        if RULES[n.node.rule].bytewise:
             base = added + carry - ((offset + 128) >> 8)
         else:
             base = added + carry * (257 if self.planes == 2 else 1) - offset
         return np.broadcast_to(base, self.channels).copy(), carry
 
-    def __call__(self, sums: Array, row: int, column: int, base: tuple[Array, Array], codes: Array) -> None:
+    def __call__(
+        self, n: NodeView, sums: Array, row: int, column: int, base: tuple[Array, Array], codes: Array
+    ) -> None:
         if self.loop is not None:
             self.loop(sums, row, column, base, codes)
             return
         total = sums[0].astype(np.int64)
-        if RULES[self.n.node.rule].bytewise:
+        if RULES[n.node.rule].bytewise:
             total += (sums[1] + base[1]) >> 8
         elif self.planes == 2:
             total = 256 * total + sums[1]
-        codes[row : row + len(total)] = self._apply(total + base[0])
+        codes[row : row + len(total)] = _apply(n, total + base[0])
 
-    def _apply(self, sums: Array) -> Array:
-        """The rule on sums [rows, channels], which it sees with the rank and the channel axis of the node's output."""
-        apply, rank = RULES[self.n.node.rule].apply, len(self.n.out.shape)
-        if self.n.node.op == "conv2d":
-            return apply(self.n, sums.T[None, :, :, None])[0, :, :, 0].T
-        return apply(self.n, sums.reshape((1,) * (rank - 2) + sums.shape)).reshape(sums.shape)
+
+def _apply(n: NodeView, sums: Array) -> Array:
+    """The rule on sums [rows, channels], which it sees with the rank and the channel axis of the node's output."""
+    apply, rank = RULES[n.node.rule].apply, len(n.out.shape)
+    if n.node.op == "conv2d":
+        return apply(n, sums.T[None, :, :, None])[0, :, :, 0].T
+    return apply(n, sums.reshape((1,) * (rank - 2) + sums.shape)).reshape(sums.shape)
 
 
 def finish(n: NodeView, channels: int, lowered: int) -> Finish:
     """The end of ``n``'s dot products with ``channels`` columns."""
     planes = NUMPY[n.type(0).dtype].itemsize
     make = _LOOPS.get(n.node.rule)
-    return Finish(n, channels, planes, lowered, make(n, channels) if make is not None and _fits(n, planes) else None)
+    loop = make(n, channels) if make is not None and _fits(n, planes) else None
+    return Finish(channels, planes, lowered, loop)
 
 
 def _fits(n: NodeView, planes: int) -> bool:

@@ -1,19 +1,24 @@
-"""Blocks of one node's work, spread over as many threads as torch uses.
-
-Everything that runs here leaves Python's lock: compiled kernels, NumPy's loops, torch's matrix products (each of which
-then uses one thread). One pool for all of them keeps two thread pools from fighting over the cores."""
+"""Blocks of one node's work, spread over as many threads as torch uses."""
 
 from __future__ import annotations
 
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
+
+
+class _Width(threading.local):
+    threads = 1
+
+
+_width = _Width()
 
 
 @lru_cache(maxsize=1)
@@ -24,18 +29,32 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
-def spread(work: Callable[[Any], None], blocks: Iterable[Any]) -> None:
-    """Call ``work`` on every block, in any order; returns when all are done, raises what one raised.
+@contextmanager
+def own_threads() -> Iterator[None]:
+    """While this lasts, `spread` has the threads that torch has been given, and torch itself has one: two pools would
+    fight over the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    _width.threads = threads
+    try:
+        yield
+    finally:
+        _width.threads = 1
+        torch.set_num_threads(threads)
 
-    A single block runs in the calling thread, where torch's own threads are at its disposal."""
+
+def spread(work: Callable[[Any], None], blocks: Iterable[Any]) -> None:
+    """Call ``work`` on every block, in any order; returns when all are done, raises what one raised. Everything but
+    ``work``'s own Python runs in parallel: compiled kernels, NumPy's loops and torch's products leave Python's lock."""
     blocks = list(blocks)
-    threads = min(torch.get_num_threads(), len(blocks))
-    if threads < 2:
-        for block in blocks:
-            work(block)
-        return
+    helpers = min(_width.threads, len(blocks)) - 1
     shared = iter(blocks)
-    for done in [_pool(torch.get_num_threads()).submit(_drain, work, shared) for _ in range(threads)]:
+    pending = [_pool(_width.threads - 1).submit(_drain, work, shared) for _ in range(helpers)]
+    try:
+        _drain(work, shared)
+    finally:
+        wait(pending)
+    for done in pending:
         done.result()
 
 
