@@ -43,7 +43,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def checks(function: Callable[..., None]) -> Callable[..., None]:
-    function = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))(function)
+    function = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))(function)
     return given(st.data())(function)
 
 
@@ -115,7 +115,7 @@ class Random:
         return {"clamp": (0.0, 6.0)} if self.draw(st.booleans()) else {}
 
     def agree(self, graph: Graph) -> None:
-        """Same integers under every profile that takes the graph, at batch 1 and at batch 3 (where there is one)."""
+        """Same integers under every profile that takes the graph: when it is prepared, and when it was."""
         ran = 0
         for profile in PROFILES:
             try:
@@ -123,8 +123,9 @@ class Random:
             except InvalidGraph:
                 continue
             ran += 1
+            expected = simulate(rounded, self.feeds, Reference())["y"]
             for _ in range(2):
-                found, expected = (simulate(rounded, self.feeds, k)["y"] for k in (Fast(), Reference()))
+                found = simulate(rounded, self.feeds, Fast())["y"]
                 assert found.dtype == expected.dtype, profile
                 np.testing.assert_array_equal(found, expected, err_msg=f"{profile}: {rounded.nodes[0].rule}")
         assume(ran)

@@ -20,6 +20,7 @@ from edgeforge.ir.fixed import expand_blocks
 from edgeforge.ir.graph import Graph, NodeView
 from edgeforge.ir.op import OPS
 from edgeforge.ir.rules import RULES
+from edgeforge.ir.rules.exact import apply_table
 from edgeforge.ir.types import NUMPY
 from edgeforge.sim import compiled
 from edgeforge.sim.reference import Array, Reference
@@ -32,7 +33,7 @@ T = TypeVar("T")
 SUMS, CODES = 1 << 18, 1 << 14
 #: Up to so many rows, a product is cut along its columns instead: every weight is then read once.
 FEW_ROWS, COLUMNS = 256, 512
-#: Below so many elements a table is not worth filling.
+#: Below so many elements a look-up in several threads, or a table of pairs, is not worth its preparation.
 WORTH_A_TABLE = 1 << 16
 
 _prepared: WeakKeyDictionary[Graph, dict[str, Any]] = WeakKeyDictionary()
@@ -88,10 +89,9 @@ class Fast(Reference):
         return np.matmul(a.astype(np.float64), b.astype(np.float64)).astype(np.int64)
 
     def table(self, n: NodeView, x: Array) -> Array:
-        if x.size < WORTH_A_TABLE:
+        if RULES[n.node.rule].apply is not apply_table or x.size < WORTH_A_TABLE:
             return self.apply(n, x)
-        every = np.arange(np.iinfo(x.dtype).max + 1, dtype=x.dtype)
-        table = _once(n, lambda: RULES[n.node.rule].apply(n, every))
+        table = n.fixed["table"]
         flat, out, result = _flat(x, x), *_like(x, table.dtype)
         spread(lambda s: compiled.look_up(table, flat[s], out[s]), ranges(x.size, SUMS))
         return result
@@ -163,6 +163,10 @@ def _dot(n: NodeView, layer: Layer, image: Array, size: tuple[int, int]) -> Arra
         end(n, sums, row, group * len(weights) + columns.start, layer.base, codes)
 
     def by_rows(block: slice) -> None:
+        if end.loop is None:  # the rule's constants are those of all channels
+            sums = [_int_mm(gather(block, group), w.T).copy() for group, w in enumerate(layer.weights)]
+            end(n, np.concatenate(sums, -1), block.start, 0, layer.base, codes)
+            return
         for group, columns in enumerate(chunks):
             left = gather(block, group)
             for chunk in columns:
@@ -171,9 +175,8 @@ def _dot(n: NodeView, layer: Layer, image: Array, size: tuple[int, int]) -> Arra
     if layer.taps is not None:
         spread(depthwise, ranges(rows, max(SUMS // (end.channels * len(shifts)), 16)))
         return codes
-    whole = end.loop is None or rows > FEW_ROWS
-    chunks = [ranges(len(w), len(w) if end.loop is None else COLUMNS) for w in layer.weights]
-    if not whole and len(chunks) == 1:
+    chunks = [ranges(len(w), COLUMNS) for w in layer.weights]
+    if rows <= FEW_ROWS and len(chunks) == 1 and end.loop is not None:
         left = gather(slice(0, rows), 0)
         spread(lambda columns: product(left, 0, columns, 0), chunks[0])
     else:
@@ -292,7 +295,7 @@ def _like(first: Array, dtype: Any) -> tuple[Array, Array]:
 
 
 def _flat(x: Array, first: Array) -> Array:
-    """The elements of ``x``, broadcast to ``first``, in the memory order of ``first``; a view where that is possible."""
+    """The elements of ``x`` broadcast to ``first``, in the memory order of ``first``; a view where that is possible."""
     return np.ascontiguousarray(np.broadcast_to(x, first.shape).transpose(_memory_order(first))).reshape(-1)
 
 

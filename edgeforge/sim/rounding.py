@@ -121,7 +121,8 @@ def _htp8_dw2(n: NodeView, channels: int) -> Loop:
 
 
 def _fp32(n: NodeView, channels: int) -> Loop:
-    scale = _spread(np.ldexp(np.asarray(n.fixed["mult"], np.float32), -np.asarray(n.fixed["shift"])), channels, np.float32)
+    scale = np.ldexp(np.asarray(n.fixed["mult"], np.float32), -np.asarray(n.fixed["shift"]))
+    scale = _spread(scale, channels, np.float32)
     zero = n.q(-1).zero
     limits = [np.float32(n.fixed[key] - zero) for key in ("low", "high")]
 

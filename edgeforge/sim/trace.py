@@ -4,8 +4,9 @@
     codes.safetensors   the integers of every input and node, by value name
     float.safetensors   their float32 shadow, by value name
 
-The shadow is what the same graph computes in real numbers: torch float32 on the dequantized inputs, weights and biases,
-with nothing rounded in between. Its distance from the dequantized codes is what rounding activations has cost so far."""
+The shadow is what the same graph computes in real numbers: torch float32 on the dequantized inputs, weights and
+biases, with nothing rounded in between. Its distance from the dequantized codes is what rounding activations has cost
+so far. (The bundle does not hold the original float model.)"""
 
 from __future__ import annotations
 
