@@ -45,6 +45,8 @@ from edgeforge.target import load_target
 
 TARGET = "snapdragon-8-gen-3"
 TOKENS = 128
+#: Before each run: idle threads of the contender before spin for a while, and would slow the next one down.
+PAUSE_S = 0.3
 SHAPE_1B = {
     "vocab_size": 512,
     "hidden_size": 2048,
@@ -235,6 +237,7 @@ def interleaved(contenders: dict[str, Callable[[], Any]], rounds: int) -> dict[s
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds + 1):
         for name, run in contenders.items():
+            time.sleep(PAUSE_S)
             start = time.perf_counter()
             run()
             times[name].append((time.perf_counter() - start) * 1e3)

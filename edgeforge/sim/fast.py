@@ -134,55 +134,76 @@ def _layer(n: NodeView, windows: Windows, w: Array, bias: Array | None, groups: 
 
 def _dot(n: NodeView, layer: Layer, image: Array, size: tuple[int, int]) -> Array:
     """Codes [positions, channels] of a layer on image [N, H, W, C], whose output has ``size`` (height, width)."""
-    end, image = layer.finish, np.ascontiguousarray(image)
-    windows, fill, channels = layer.windows, n.zero(0), image.shape[-1]
-    lines = image.reshape(*image.shape[:2], -1)
-    shape = (windows.kernel, windows.stride, windows.dilation, windows.corner, size)
-    rows = len(image) * size[0] * size[1]
+    rows, end = len(image) * size[0] * size[1], layer.finish
     codes = np.empty((rows, end.channels), NUMPY[n.out.dtype])
-    shifts = (8, 0) if end.planes == 2 else (0,)
+    work = _Blocks(n, layer, np.ascontiguousarray(image), size, codes)
+    if layer.taps is not None:
+        spread(work.depthwise, ranges(rows, max(SUMS // (end.channels * end.planes), 16)))
+    elif end.loop is None:
+        spread(work.all_columns, ranges(rows, max(SUMS // (end.channels * end.planes), 32)))
+    elif rows <= FEW_ROWS and len(layer.weights) == 1:
+        left = work.gather(slice(0, rows), 0)
+        spread(lambda columns: work.product(left, 0, columns, 0), ranges(end.channels, COLUMNS))
+    else:
+        widest = max(min(len(layer.weights[0]), COLUMNS), layer.weights[0].shape[1] // 4)
+        spread(work.by_columns, ranges(rows, max(SUMS // (widest * end.planes), 32)))
+    return codes
 
-    def depthwise(block: slice) -> None:
-        assert layer.taps is not None
-        sums = _scratch.take("sums", (len(shifts), block.stop - block.start, end.channels), np.int32)
-        for plane, shift in zip(sums, shifts, strict=True):
-            compiled.depthwise(image, layer.taps, shift, fill, *shape, block.start, plane)
-        end(n, sums, block.start, 0, layer.base, codes)
 
-    def gather(block: slice, group: int) -> Array:
-        depth = layer.weights[group].shape[1]
-        left = _scratch.take("left", (len(shifts), block.stop - block.start, depth), np.int8)
-        first = group * (depth // (windows.kernel[0] * windows.kernel[1]))
-        for plane, shift in zip(left, shifts, strict=True):
-            compiled.patches(lines, channels, first, shift, fill, *shape, block.start, plane)
+@dataclass(frozen=True)
+class _Blocks:
+    """One run of a layer, block of positions by block: which codes meet, their sums, and the codes they become."""
+
+    n: NodeView
+    layer: Layer
+    image: Array
+    size: tuple[int, int]
+    codes: Array
+
+    @property
+    def bytes(self) -> tuple[int, ...]:
+        """How far each byte plane of the codes lies from the lowest bit."""
+        return (8, 0) if self.layer.finish.planes == 2 else (0,)
+
+    @property
+    def geometry(self) -> tuple[tuple[int, int], ...]:
+        w = self.layer.windows
+        return (w.kernel, w.stride, w.dilation, w.corner, self.size)
+
+    def depthwise(self, block: slice) -> None:
+        sums = _scratch.take("sums", (len(self.bytes), block.stop - block.start, self.codes.shape[1]), np.int32)
+        for plane, byte in zip(sums, self.bytes, strict=True):
+            compiled.depthwise(self.image, self.layer.taps, byte, self.n.zero(0), *self.geometry, block.start, plane)
+        self.finish(sums, block.start, 0)
+
+    def gather(self, block: slice, group: int) -> Array:
+        """int8 [planes, positions, KH * KW * inputs]: what each position of the output sees."""
+        height, width, channels = self.image.shape[1:]
+        depth, (kh, kw) = self.layer.weights[group].shape[1], self.layer.windows.kernel
+        left = _scratch.take("left", (len(self.bytes), block.stop - block.start, depth), np.int8)
+        lines = self.image.reshape(-1, height, width * channels)
+        first = group * (depth // (kh * kw))
+        for plane, byte in zip(left, self.bytes, strict=True):
+            compiled.patches(lines, channels, first, byte, self.n.zero(0), *self.geometry, block.start, plane)
         return left
 
-    def product(left: Array, group: int, columns: slice, row: int) -> None:
-        weights = layer.weights[group]
-        sums = _int_mm(left, weights[columns].T)
-        end(n, sums, row, group * len(weights) + columns.start, layer.base, codes)
+    def product(self, left: Array, group: int, columns: slice, row: int) -> None:
+        weights = self.layer.weights[group]
+        self.finish(_int_mm(left, weights[columns].T), row, group * len(weights) + columns.start)
 
-    def by_rows(block: slice) -> None:
-        if end.loop is None:  # the rule's constants are those of all channels
-            sums = [_int_mm(gather(block, group), w.T).copy() for group, w in enumerate(layer.weights)]
-            end(n, np.concatenate(sums, -1), block.start, 0, layer.base, codes)
-            return
-        for group, columns in enumerate(chunks):
-            left = gather(block, group)
-            for chunk in columns:
-                product(left, group, chunk, block.start)
+    def by_columns(self, block: slice) -> None:
+        for group, weights in enumerate(self.layer.weights):
+            left = self.gather(block, group)
+            for columns in ranges(len(weights), COLUMNS):
+                self.product(left, group, columns, block.start)
 
-    if layer.taps is not None:
-        spread(depthwise, ranges(rows, max(SUMS // (end.channels * len(shifts)), 16)))
-        return codes
-    chunks = [ranges(len(w), COLUMNS) for w in layer.weights]
-    if rows <= FEW_ROWS and len(chunks) == 1 and end.loop is not None:
-        left = gather(slice(0, rows), 0)
-        spread(lambda columns: product(left, 0, columns, 0), chunks[0])
-    else:
-        widest = max(chunks[0][0].stop, layer.weights[0].shape[1] // 4) * len(shifts)
-        spread(by_rows, ranges(rows, max(SUMS // widest, 32)))
-    return codes
+    def all_columns(self, block: slice) -> None:
+        """For rules that are applied as they are: their constants are those of all channels."""
+        sums = [_int_mm(self.gather(block, group), w.T).copy() for group, w in enumerate(self.layer.weights)]
+        self.finish(np.concatenate(sums, -1), block.start, 0)
+
+    def finish(self, sums: Array, row: int, column: int) -> None:
+        self.layer.finish(self.n, sums, row, column, self.layer.base, self.codes)
 
 
 def _matmul(n: NodeView, a: Array, b: Array) -> Array | None:
