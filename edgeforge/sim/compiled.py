@@ -90,6 +90,20 @@ def htp8(sums, row, column, base, shift, mult, zero, low, high, codes):
 
 
 @compiled
+def htp8_wide(sums, row, column, base, left, right, mult, zero, low, high, codes):
+    """The rule htp8 in 64 bits, shifted ``left`` or ``right``, for codes of any width."""
+    width = sums.shape[1]
+    up, down = left[column : column + width], right[column : column + width]
+    b, m = base[column : column + width], mult[column : column + width]
+    for i in range(sums.shape[0]):
+        acc, out = sums[i], codes[row + i, column : column + width]
+        for c in range(width):
+            h = ((acc[c] + b[c]) << (up[c] & 63)) >> (down[c] & 63)
+            code = (((2 * h + 1) * m[c] + 32768) >> 16) + zero
+            out[c] = min(max(code, low), high)
+
+
+@compiled
 def htp16(high_sums, low_sums, row, column, base, carry, left, right, mult, zero, low, high, codes):
     """The rule htp16, shifted ``left`` or ``right``; ``carry`` belongs to the low byte's sum before it is cut."""
     width = high_sums.shape[1]
@@ -126,6 +140,25 @@ def fp32(sums, row, column, base, scale, zero, low, high, codes):
         for c in range(width):
             real = np.float32(np.int32(acc[c] + b[c])) * s[c]
             out[c] = np.int32(min(max(np.rint(real), low), high)) + zero
+
+
+@compiled
+def weighted_sum(a, b, left, right, offset, shift, low, high, out):
+    """``(left * a + right * b + offset) >> shift``, all one-dimensional."""
+    for i in range(out.size):
+        total = (left * np.int64(a[i]) + right * np.int64(b[i]) + offset) >> shift
+        out[i] = min(max(total, low), high)
+
+
+@compiled
+def htp_product(a, b, zero_a, zero_b, taken, mult, shift, offset, step, low, high, out):
+    """The rule htp_product16, all one-dimensional; in two parts, as 66 bits would be needed."""
+    half, half_step = np.int64(1) << (shift - 1), (np.int64(1) << step) >> 1
+    for i in range(out.size):
+        product = (np.int64(a[i]) - zero_a) * (np.int64(b[i]) - zero_b) - taken
+        lower = ((product & 0xFFFF) * mult + half) >> 15
+        fine = (((product >> 16) * mult << 1) + lower) >> (shift - 15)
+        out[i] = min(max((fine + offset + half_step) >> step, low), high)
 
 
 @compiled

@@ -24,13 +24,13 @@ from edgeforge.ir.rules.exact import apply_table
 from edgeforge.ir.types import NUMPY
 from edgeforge.sim import compiled
 from edgeforge.sim.reference import Array, Reference
-from edgeforge.sim.rounding import Finish, finish
+from edgeforge.sim.rounding import Finish, finish, pairwise
 from edgeforge.sim.threads import Scratch, own_threads, ranges, spread
 
 T = TypeVar("T")
 
 #: Elements of a block: sums (4 bytes each) and the int64 temporaries of a rule's ``apply`` fit a core's L2 cache.
-SUMS, CODES = 1 << 18, 1 << 14
+SUMS, CODES = 1 << 18, 1 << 15
 #: Up to so many rows, a product is cut along its columns instead: every weight is then read once.
 FEW_ROWS, COLUMNS = 256, 512
 #: Below so many elements a look-up in several threads, or a table of pairs, is not worth its preparation.
@@ -274,6 +274,8 @@ def _elementwise(n: NodeView, a: Array, b: Array) -> Array:
         every = np.arange(256, dtype=np.uint8)
         table = _once(n, lambda: np.ravel(apply(n, every[:, None], every[None, :])))
         spread(lambda s: compiled.look_up_pairs(table, left[s], right[s], out[s]), ranges(out.size, SUMS))
+    elif (loop := pairwise(n)) is not None:
+        spread(lambda s: loop(left[s], right[s], out[s]), ranges(out.size, CODES))
     else:
 
         def block(s: slice) -> None:

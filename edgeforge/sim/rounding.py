@@ -1,7 +1,7 @@
-"""What follows a dot product: exact sums in, codes out, in one pass over a block.
+"""Rounding in one pass over a block: after a dot product (`finish`), and of two operands (`pairwise`).
 
-Rules that networks spend their time in have a compiled loop, which equals the rule's ``apply`` for every sum (the tests
-compare the two); any other rule is applied to the block as it is."""
+Rules that networks spend their time in have a compiled loop, which equals the rule's ``apply`` for every input (the
+tests compare the two); any other rule is applied to the block as it is."""
 
 from __future__ import annotations
 
@@ -74,20 +74,38 @@ def finish(n: NodeView, channels: int, lowered: int) -> Finish:
 
 
 def _fits(n: NodeView, planes: int) -> bool:
-    """Whether a compiled loop covers the node: the widths its rule is made for, and at 8 bits shifts to the right."""
-    if n.node.rule == "fp32":
-        return planes == 1
-    if n.node.rule == "htp16":
-        return planes == 2 and bool(np.abs(n.fixed["shift"]).max() < 63)
+    """Whether a compiled loop covers the node: the width of input codes that its rule is made for, and its shifts."""
+    if planes != (2 if n.node.rule == "htp16" else 1):
+        return False
     shift = np.asarray(n.fixed["shift"])
-    return planes == 1 and n.out.dtype == "u8" and bool(shift.min() >= 0 and shift.max() < 63)
+    if n.node.rule == "htp8_dw2":
+        return bool(shift.min() >= 0 and shift.max() < 63)
+    return n.node.rule == "fp32" or bool(np.abs(shift).max() < 63)
 
 
 def _spread(constant: Any, channels: int, dtype: type) -> Array:
     return np.broadcast_to(np.asarray(constant).reshape(-1), channels).astype(dtype)
 
 
+def _both_ways(n: NodeView, channels: int) -> tuple[Array, Array, Array]:
+    """Shifts to the left, shifts to the right, multipliers; int64 per channel."""
+    shift, mult = (_spread(n.fixed[key], channels, np.int64) for key in ("shift", "mult"))
+    return np.maximum(-shift, 0), np.maximum(shift, 0), mult
+
+
+def _htp8_wide(n: NodeView, channels: int) -> Loop:
+    shifts = _both_ways(n, channels)
+    limits = [int(x) for x in (n.q(-1).zero, n.fixed["low"], n.fixed["high"])]
+
+    def loop(sums: Array, row: int, column: int, base: tuple[Array, Array], codes: Array) -> None:
+        compiled.htp8_wide(sums[0], row, column, base[0], *shifts, *limits, codes)
+
+    return loop
+
+
 def _htp8(n: NodeView, channels: int) -> Loop:
+    if n.out.dtype != "u8" or np.min(n.fixed["shift"]) < 0:
+        return _htp8_wide(n, channels)
     shift = _spread(np.minimum(n.fixed["shift"], 31), channels, np.int32)
     mult = _spread(n.fixed["mult"], channels, np.int32)
     limits = [np.int32(x) for x in (n.q(-1).zero, n.fixed["low"], n.fixed["high"])]
@@ -99,12 +117,11 @@ def _htp8(n: NodeView, channels: int) -> Loop:
 
 
 def _htp16(n: NodeView, channels: int) -> Loop:
-    shift, mult = (_spread(n.fixed[key], channels, np.int64) for key in ("shift", "mult"))
-    left, right = np.maximum(-shift, 0), np.maximum(shift, 0)
+    shifts = _both_ways(n, channels)
     limits = [int(x) for x in (n.q(-1).zero, n.fixed["low"], n.fixed["high"])]
 
     def loop(sums: Array, row: int, column: int, base: tuple[Array, Array], codes: Array) -> None:
-        compiled.htp16(sums[0], sums[1], row, column, *base, left, right, mult, *limits, codes)
+        compiled.htp16(sums[0], sums[1], row, column, *base, *shifts, *limits, codes)
 
     return loop
 
@@ -138,3 +155,24 @@ _LOOPS: dict[str, Callable[[NodeView, int], Loop]] = {
     "htp16": _htp16,
     "fp32": _fp32,
 }
+
+
+def pairwise(n: NodeView) -> Callable[[Array, Array, Array], None] | None:
+    """A compiled loop (a, b, output codes), all one-dimensional, for a 16-bit sum or product; None if there is none."""
+    make = _PAIRS.get(n.node.rule)
+    return make(n) if make is not None and "mult" in n.fixed and n.fixed["shift"] >= 0 else None
+
+
+def _htp_sum16(n: NodeView) -> Callable[[Array, Array, Array], None]:
+    left, right = map(int, n.fixed["mult"])
+    constants = [int(n.fixed[key]) for key in ("offset", "shift", "low", "high")]
+    return lambda a, b, out: compiled.weighted_sum(a, b, left, right, *constants, out)
+
+
+def _htp_product16(n: NodeView) -> Callable[[Array, Array, Array], None]:
+    constants = [int(n.fixed[key]) for key in ("taken", "mult", "shift", "offset", "step", "low", "high")]
+    zeros = (n.zero(0), n.zero(1))
+    return lambda a, b, out: compiled.htp_product(a, b, *zeros, *constants, out)
+
+
+_PAIRS = {"htp_sum16": _htp_sum16, "htp_product16": _htp_product16}
