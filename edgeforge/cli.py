@@ -158,29 +158,86 @@ def generate(
 @app.command()
 def simulate(
     bundle: Path,
-    input: Annotated[Path, typer.Option("--input", help=".npz of real inputs (or codes, by dtype)")],
+    input: Annotated[Path, typer.Option("--input", help=".npz of real inputs (or codes, by dtype), or other data")],
     output: Annotated[Path, typer.Option("--output", help=".npz of output codes")],
-    trace: Annotated[Path | None, typer.Option(help="folder for every node's integers")] = None,
+    trace: Annotated[Path | None, typer.Option(help="folder for every node's integers and float shadow")] = None,
+    backend: Annotated[str | None, typer.Option(help="round as this backend's runtime does")] = None,
 ) -> None:
     """Run the integer graph of BUNDLE."""
     import numpy as np
 
+    from edgeforge import backends
     from edgeforge.bundle import load_bundle
-    from edgeforge.data import load_data
-    from edgeforge.sim.evaluate import quantize_feeds
+    from edgeforge.data import load_data, read_npz
+    from edgeforge.quantize.convert import with_profile
+    from edgeforge.sim.evaluate import quantize_feeds, read_feeds
     from edgeforge.sim.evaluate import simulate as run
+    from edgeforge.sim.trace import record, shadow, write_trace
 
     opened = load_bundle(bundle)
-    feeds = load_data(input, opened.graph, opened.recipe, bundle).stacked()
-    seen: dict[str, Any] = {}
-    codes = run(
-        opened.graph, quantize_feeds(opened.graph, feeds), None, lambda node, x: seen.setdefault(node.output, x) is None
-    )
-    np.savez(output, **codes)
-    if trace is not None:
-        trace.mkdir(parents=True, exist_ok=True)
-        for name, array in seen.items():
-            np.save(trace / f"{name.replace('/', '_')}.npy", array)
+    profile = (backends.backend(backend).numerics if backend else "") or opened.target.numerics
+    graph = with_profile(opened.graph, profile)
+    if input.suffix == ".npz" and input.is_file():
+        feeds = read_feeds(graph, read_npz(input))
+    else:
+        feeds = quantize_feeds(graph, load_data(input, graph, opened.recipe, bundle).stacked())
+    if trace is None:
+        np.savez(output, **run(graph, feeds))
+        return
+    made = record(graph, feeds, opened.manifest.graph_hash, profile)
+    write_trace(trace, made, shadow(graph, feeds))
+    np.savez(output, **{name: made.codes[name] for name in graph.outputs})
+
+
+@app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(help="a trace")],
+    b: Annotated[Path, typer.Argument(help="another trace, or a bundle whose --backend is to run")],
+    backend: Annotated[str | None, typer.Option(help="with a bundle: whose nodes to compare")] = None,
+    as_json: Json = False,
+) -> None:
+    """Name the first node at which two runs part. Exit code 1: they do."""
+    from edgeforge.bundle import MANIFEST
+    from edgeforge.sim.trace import compare, read_trace
+
+    first = read_trace(a)
+    found = compare(first, _artifact_trace(b, first, backend) if (b / MANIFEST).is_file() else read_trace(b))
+    departures = [dataclasses.asdict(d) for d in found.departures]
+    if as_json:
+        head = {"equal": not departures, "compared": found.compared, "first": departures[0] if departures else None}
+        _print({**head, "departures": departures, "only_in_one": list(found.only)})
+    elif not departures:
+        print(f"equal: {found.compared} values, every integer")
+    else:
+        d = found.departures[0]
+        where = f"{d.name} ({d.op}{', from ' + d.source if d.source else ''})"
+        what = "other encodings" if d.index is None else f"at {list(d.index)}: {d.a} against {d.b}"
+        print(f"first departure: {where}, {what}; {len(departures)} of {found.compared} values differ")
+        rows = [[d.name, d.op, d.why, d.identical, d.max_lsb] for d in found.departures[:20]]
+        _table("in the order of the run", ["value", "op", "differs in", "identical", "max LSB"], rows)
+    if departures:
+        raise typer.Exit(1)
+
+
+def _artifact_trace(folder: Path, wanted: Any, name: str | None) -> Any:
+    """What backend ``name`` computes for every node of a bundle, on the inputs of trace ``wanted``."""
+    from edgeforge import backends
+    from edgeforge.bundle import load_bundle
+    from edgeforge.errors import InvalidInput
+    from edgeforge.sim.trace import record_artifact
+
+    bundle = load_bundle(folder)
+    if name is None:
+        raise InvalidInput(f"{folder} is a bundle -> name what shall run with --backend, or compare with a trace")
+    chosen = backends.backend(name)
+    if wanted.graph != bundle.manifest.graph_hash:
+        raise InvalidInput(f"the trace is not of the graph in {folder} -> simulate {folder} --trace")
+    if reason := chosen.cannot_run():
+        raise InvalidInput(f"backend {name}: {reason}")
+    graph, target = bundle.graph, bundle.target
+    feeds = {input: wanted.codes[input] for input in graph.inputs}
+    _say(f"{name}: building and running the graph with every value exposed")
+    return record_artifact(chosen, graph, target, feeds, wanted.graph, chosen.numerics or target.numerics)
 
 
 @app.command()

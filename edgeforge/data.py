@@ -64,13 +64,14 @@ def load_data(source: str | Path | Mapping[str, np.ndarray], graph: Graph, recip
             f"data {str(source)!r}: no such file or folder -> a .npz, a folder of images, a .txt, or module:callable"
         )
     if path.suffix == ".npz":
-        return from_arrays(path.name, _read_npz(path), graph)
+        return from_arrays(path.name, read_npz(path), graph)
     if path.suffix in (".txt", ".json"):
         return _from_text(path, graph, recipe, base)
     raise InvalidInput(f"data {path.name}: unknown kind {path.suffix!r} -> a .npz, a folder of images or a .txt")
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a .npz by name. Raises InvalidInput."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}

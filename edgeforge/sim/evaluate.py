@@ -30,7 +30,8 @@ def simulate(
 
         kernels = Fast()
     constants = {value.name: value.data for value in graph.constants()}
-    return _walk(graph, {**constants, **feeds}, lambda n, *xs: OPS[n.node.op].integer(kernels, n, *xs), observe)
+    with kernels.threads():
+        return _walk(graph, {**constants, **feeds}, kernels.run, observe)
 
 
 def run_float(graph: Graph, feeds: Mapping[str, np.ndarray], observe: Observer | None = None) -> dict[str, np.ndarray]:
@@ -93,6 +94,31 @@ def quantize_feeds(graph: Graph, feeds: Mapping[str, np.ndarray]) -> dict[str, n
     return codes
 
 
+def read_feeds(graph: Graph, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Codes for an integer graph from arrays [N, ...] by input name, each either codes (by its dtype) or real numbers.
+
+    Raises InvalidInput on a missing input, another dtype or shape, and on numbers that are not finite."""
+    missing = [name for name in graph.inputs if name not in arrays]
+    if missing:
+        raise InvalidInput(f"no array for input {', '.join(missing)} (there are {', '.join(arrays) or 'none'})")
+    codes = {}
+    for name in graph.inputs:
+        kind, array = graph.type(name), np.asarray(arrays[name])
+        wanted = "integer ids" if kind.q is None else f"{kind.dtype} codes or float values"
+        if kind.q is None and array.dtype.kind in "iu":
+            codes[name] = array.astype(np.int64)
+        elif kind.q is not None and array.dtype == NUMPY[kind.dtype]:
+            codes[name] = array
+        elif kind.q is not None and array.dtype.kind == "f":
+            if not np.isfinite(array).all():
+                raise InvalidInput(f"input {name} holds NaN or infinity")
+            codes[name] = kind.q.quantize(array, kind.dtype)
+        else:
+            raise InvalidInput(f"input {name} holds {array.dtype}, expected {wanted}")
+    check_feeds(graph, codes)
+    return codes
+
+
 def dequantize_outputs(graph: Graph, codes: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Codes by value name -> float32 values."""
     real = {}
@@ -102,4 +128,4 @@ def dequantize_outputs(graph: Graph, codes: Mapping[str, np.ndarray]) -> dict[st
     return real
 
 
-__all__ = ["RANGE", "check_feeds", "dequantize_outputs", "quantize_feeds", "run_float", "simulate"]
+__all__ = ["RANGE", "check_feeds", "dequantize_outputs", "quantize_feeds", "read_feeds", "run_float", "simulate"]

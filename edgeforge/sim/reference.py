@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
 from edgeforge.ir.graph import NodeView
+from edgeforge.ir.op import OPS
 from edgeforge.ir.rules import RULES
 from edgeforge.ir.rules.htp import join_bytes
 
@@ -15,6 +17,14 @@ Array = np.ndarray
 
 class Reference:
     """The primitives that the ``integer`` column of the op table is written in. Arrays hold codes."""
+
+    def threads(self) -> AbstractContextManager[None]:
+        """What a whole run of a graph takes place in."""
+        return nullcontext()
+
+    def run(self, n: NodeView, *codes: Array) -> Array:
+        """One node: output codes from input codes."""
+        return OPS[n.node.op].integer(self, n, *codes)
 
     def pad(self, x: Array, widths: Sequence[tuple[int, int]], code: int) -> Array:
         return np.pad(x, widths, constant_values=code) if any(map(any, widths)) else x

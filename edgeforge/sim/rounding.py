@@ -1,86 +1,178 @@
-"""Compiled forms of the rules that end a dot product: exact sums (as floats) in, codes out, in one pass.
+"""Rounding in one pass over a block: after a dot product (`finish`), and of two operands (`pairwise`).
 
-Each equals the rule's ``apply`` in `ir.fixed` for every sum; the tests compare the two. Sums are [positions, channels]
-with per-channel constants; 32-bit arithmetic where a saturating clip before the multiplication allows it."""
+Rules that networks spend their time in have a compiled loop, which equals the rule's ``apply`` for every input (the
+tests compare the two); any other rule is applied to the block as it is."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from numba import njit, prange
 
 from edgeforge.ir.graph import NodeView
+from edgeforge.ir.rules import RULES
+from edgeforge.ir.types import NUMPY
+from edgeforge.sim import compiled
 
 Array = np.ndarray
-Finish = Callable[[NodeView, list[Array], Array, Array], None]
+
+#: (sums [planes, rows, columns] int32, first row, first column, (base, carry), codes [positions, channels]).
+Loop = Callable[[Array, int, int, tuple[Array, Array], Array], None]
 
 
-def fits(n: NodeView) -> bool:
-    """Whether the shifts go to the right (left shifts are rare and left to the reference)."""
-    return (
-        "shift" in n.fixed and bool(np.min(n.fixed["shift"]) >= 0 and np.max(n.fixed["shift"]) < 63)
-    ) or n.node.rule == "fp32"
+@dataclass(frozen=True)
+class Finish:
+    """The end of a node's dot products. Sums come per byte plane of the input codes, each less ``lowered``.
+
+    It is kept as long as the graph, and therefore must not hold it: the node is passed in."""
+
+    channels: int
+    planes: int
+    lowered: int
+    loop: Loop | None
+
+    def base(self, n: NodeView, weight_sum: Array, bias: Array | None) -> tuple[Array, Array]:
+        """(base, carry) int64 [channels]: what to add to the (joined) sums, and to the low byte's before it is cut."""
+        added = np.asarray(n.fixed.get("bias", 0 if bias is None else bias), np.int64)
+        offset, carry = n.zero(0) * weight_sum, self.lowered * weight_sum
+        if RULES[n.node.rule].bytewise:
+            base = added + carry - ((offset + 128) >> 8)
+        else:
+            base = added + carry * (257 if self.planes == 2 else 1) - offset
+        return np.broadcast_to(base, self.channels).copy(), carry
+
+    def __call__(
+        self, n: NodeView, sums: Array, row: int, column: int, base: tuple[Array, Array], codes: Array
+    ) -> None:
+        if self.loop is not None:
+            self.loop(sums, row, column, base, codes)
+            return
+        total = sums[0].astype(np.int64)
+        if RULES[n.node.rule].bytewise:
+            total += (sums[1] + base[1]) >> 8
+        elif self.planes == 2:
+            total = 256 * total + sums[1]
+        codes[row : row + len(total)] = _apply(n, total + base[0])
 
 
-def _spread(constant: Array, like: Array, dtype: type) -> Array:
-    return np.ascontiguousarray(np.broadcast_to(np.asarray(constant).reshape(-1), like.shape), dtype)
+def _apply(n: NodeView, sums: Array) -> Array:
+    """The rule on sums [rows, channels], which it sees with the rank and the channel axis of the node's output."""
+    apply, rank = RULES[n.node.rule].apply, len(n.out.shape)
+    if n.node.op == "conv2d":
+        return apply(n, sums.T[None, :, :, None])[0, :, :, 0].T
+    return apply(n, sums.reshape((1,) * (rank - 2) + sums.shape)).reshape(sums.shape)
 
 
-@njit(parallel=True, cache=True)
-def _htp8(sums, base, shift, mult, zero, low, high, codes):  # type: ignore[no-untyped-def]
-    for row in prange(sums.shape[0]):
-        for c in range(sums.shape[1]):
-            h = (np.int32(sums[row, c]) + base[c]) >> shift[c]
-            h = min(max(h, np.int32(-8192)), np.int32(8191))
-            code = (((2 * h + 1) * mult[c] + np.int32(32768)) >> 16) + zero
-            codes[row, c] = min(max(code, low), high)
+def finish(n: NodeView, channels: int, lowered: int) -> Finish:
+    """The end of ``n``'s dot products with ``channels`` columns."""
+    planes = NUMPY[n.type(0).dtype].itemsize
+    make = _LOOPS.get(n.node.rule)
+    loop = make(n, channels) if make is not None and _fits(n, planes) else None
+    return Finish(channels, planes, lowered, loop)
 
 
-def htp8(n: NodeView, sums: list[Array], base: Array, codes: Array) -> None:
-    """|h| >= 8192 saturates 8-bit codes whatever the multiplier, which lies in 2**14..2**15."""
-    constants = [_spread(n.fixed[key], base, np.int32) for key in ("shift", "mult")]
+def _fits(n: NodeView, planes: int) -> bool:
+    """Whether a compiled loop covers the node: the width of input codes that its rule is made for, and its shifts."""
+    if planes != (2 if n.node.rule == "htp16" else 1):
+        return False
+    shift = np.asarray(n.fixed["shift"])
+    if n.node.rule == "htp8_dw2":
+        return bool(shift.min() >= 0 and shift.max() < 63)
+    return n.node.rule == "fp32" or bool(np.abs(shift).max() < 63)
+
+
+def _spread(constant: Any, channels: int, dtype: type) -> Array:
+    return np.broadcast_to(np.asarray(constant).reshape(-1), channels).astype(dtype)
+
+
+def _both_ways(n: NodeView, channels: int) -> tuple[Array, Array, Array]:
+    """Shifts to the left, shifts to the right, multipliers; int64 per channel."""
+    shift, mult = (_spread(n.fixed[key], channels, np.int64) for key in ("shift", "mult"))
+    return np.maximum(-shift, 0), np.maximum(shift, 0), mult
+
+
+def _htp8_wide(n: NodeView, channels: int) -> Loop:
+    shifts = _both_ways(n, channels)
+    limits = [int(x) for x in (n.q(-1).zero, n.fixed["low"], n.fixed["high"])]
+
+    def loop(sums: Array, row: int, column: int, base: tuple[Array, Array], codes: Array) -> None:
+        compiled.htp8_wide(sums[0], row, column, base[0], *shifts, *limits, codes)
+
+    return loop
+
+
+def _htp8(n: NodeView, channels: int) -> Loop:
+    if n.out.dtype != "u8" or np.min(n.fixed["shift"]) < 0:
+        return _htp8_wide(n, channels)
+    shift = _spread(np.minimum(n.fixed["shift"], 31), channels, np.int32)
+    mult = _spread(n.fixed["mult"], channels, np.int32)
     limits = [np.int32(x) for x in (n.q(-1).zero, n.fixed["low"], n.fixed["high"])]
-    _htp8(sums[0], base.astype(np.int32), *constants, *limits, codes)
+
+    def loop(sums: Array, row: int, column: int, base: tuple[Array, Array], codes: Array) -> None:
+        compiled.htp8(sums[0], row, column, base[0].astype(np.int32), shift, mult, *limits, codes)
+
+    return loop
 
 
-@njit(parallel=True, cache=True)
-def _multiply_shift(sums, base, shift, mult, zero, low, high, codes):  # type: ignore[no-untyped-def]
-    for row in prange(sums.shape[0]):
-        for c in range(sums.shape[1]):
-            half = (np.int64(1) << shift[c]) >> 1
-            code = (((np.int64(sums[row, c]) + base[c]) * mult[c] + half) >> shift[c]) - zero
-            codes[row, c] = min(max(code + zero, low), high)
+def _htp16(n: NodeView, channels: int) -> Loop:
+    shifts = _both_ways(n, channels)
+    limits = [int(x) for x in (n.q(-1).zero, n.fixed["low"], n.fixed["high"])]
+
+    def loop(sums: Array, row: int, column: int, base: tuple[Array, Array], codes: Array) -> None:
+        compiled.htp16(sums[0], sums[1], row, column, *base, *shifts, *limits, codes)
+
+    return loop
 
 
-@njit(parallel=True, cache=True)
-def _htp16(high_sums, low_sums, base, shift, mult, zero, low, high, codes):  # type: ignore[no-untyped-def]
-    for row in prange(high_sums.shape[0]):
-        for c in range(high_sums.shape[1]):
-            total = np.int64(high_sums[row, c]) + (np.int64(low_sums[row, c]) >> 8) + base[c]
-            code = (((2 * (total >> shift[c]) + 1) * mult[c] + (np.int64(1) << 29)) >> 30) + zero
-            codes[row, c] = min(max(code, low), high)
+def _htp8_dw2(n: NodeView, channels: int) -> Loop:
+    shift, mult = (_spread(n.fixed[key], channels, np.int64) for key in ("shift", "mult"))
+    offset = _spread(n.fixed["offset"], channels, np.int64)
+    limits = [int(n.fixed[key]) for key in ("low", "high")]
+
+    def loop(sums: Array, row: int, column: int, base: tuple[Array, Array], codes: Array) -> None:
+        compiled.multiply_shift(sums[0], row, column, base[0] + offset, shift, mult, *limits, codes)
+
+    return loop
 
 
-def htp16(n: NodeView, sums: list[Array], base: Array, codes: Array) -> None:
-    constants = [_spread(n.fixed[key], base, np.int64) for key in ("shift", "mult")]
-    limits = [np.int64(x) for x in (n.q(-1).zero, n.fixed["low"], n.fixed["high"])]
-    _htp16(*sums, base.astype(np.int64), *constants, *limits, codes)
-
-
-@njit(parallel=True, cache=True)
-def _fp32(sums, base, scale, zero, low, high, codes):  # type: ignore[no-untyped-def]
-    for row in prange(sums.shape[0]):
-        for c in range(sums.shape[1]):
-            real = np.float32(np.int32(sums[row, c]) + base[c]) * scale[c]
-            codes[row, c] = np.int32(min(max(np.rint(real), low), high)) + zero
-
-
-def fp32(n: NodeView, sums: list[Array], base: Array, codes: Array) -> None:
+def _fp32(n: NodeView, channels: int) -> Loop:
     scale = np.ldexp(np.asarray(n.fixed["mult"], np.float32), -np.asarray(n.fixed["shift"]))
-    zero = np.int32(n.q(-1).zero)
-    low, high = (np.float32(n.fixed[key] - n.q(-1).zero) for key in ("low", "high"))
-    _fp32(sums[0], base.astype(np.int32), _spread(scale, base, np.float32), zero, low, high, codes)
+    scale = _spread(scale, channels, np.float32)
+    zero = n.q(-1).zero
+    limits = [np.float32(n.fixed[key] - zero) for key in ("low", "high")]
+
+    def loop(sums: Array, row: int, column: int, base: tuple[Array, Array], codes: Array) -> None:
+        compiled.fp32(sums[0], row, column, base[0].astype(np.int32), scale, np.int32(zero), *limits, codes)
+
+    return loop
 
 
-KERNELS: dict[str, Finish] = {"htp8": htp8, "htp16": htp16, "fp32": fp32}
+_LOOPS: dict[str, Callable[[NodeView, int], Loop]] = {
+    "htp8": _htp8,
+    "htp8_dw2": _htp8_dw2,
+    "htp16": _htp16,
+    "fp32": _fp32,
+}
+
+
+def pairwise(n: NodeView) -> Callable[[Array, Array, Array], None] | None:
+    """A compiled loop (a, b, output codes), all one-dimensional, for a 16-bit sum or product; None if there is none."""
+    make = _PAIRS.get(n.node.rule)
+    return make(n) if make is not None and "mult" in n.fixed and n.fixed["shift"] >= 0 else None
+
+
+def _htp_sum16(n: NodeView) -> Callable[[Array, Array, Array], None]:
+    left, right = map(int, n.fixed["mult"])
+    constants = [int(n.fixed[key]) for key in ("offset", "shift", "low", "high")]
+    return lambda a, b, out: compiled.weighted_sum(a, b, left, right, *constants, out)
+
+
+def _htp_product16(n: NodeView) -> Callable[[Array, Array, Array], None]:
+    constants = [int(n.fixed[key]) for key in ("taken", "mult", "shift", "offset", "step", "low", "high")]
+    zeros = (n.zero(0), n.zero(1))
+    return lambda a, b, out: compiled.htp_product(a, b, *zeros, *constants, out)
+
+
+_PAIRS = {"htp_sum16": _htp_sum16, "htp_product16": _htp_product16}
