@@ -1,163 +1,264 @@
-"""Fits the latency model's rates to measurements: hierarchical over precisions and chips, robust, in log space.
+"""Fits the latency model to measurements, in log space, with robust (Cauchy) weights and Gaussian priors.
 
-    T = overheads + (C**q + D**q)**(1/q),  C: sum of amount * rate over MAC, vector, move and io terms, D: over DDR
-
-log rate = base[term] + precision[p, term] + chip[c, group] + chip_precision[c, p, group]; every part but the base has
-a Gaussian prior around 0, so a chip with few points stays near the others. Loss: Cauchy on the log error, every
-(model, precision) with equal weight."""
+Two levels. The rates of all terms per precision are fitted to one time per (workload, precision), the measurements of
+all chips brought to a common chip. A chip then needs few numbers: one factor per group of terms and one per precision;
+they are fitted to the chip's measurements relative to what the same workloads need elsewhere, so that what the rates
+get wrong about a workload does not disturb them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from edgeforge.estimate.work import DDR, IO, MAC, MOVE, OVERHEAD, TERMS, VECTOR
+from edgeforge.estimate.latency import overlapped
+from edgeforge.estimate.work import DDR, GROUPS, OVERHEAD, TERMS
 
 Array = np.ndarray
 
-GROUPS = {term: i for i, terms in enumerate((MAC, (*VECTOR, *MOVE, *IO), OVERHEAD, DDR)) for term in terms}
-GROUP_NAMES = ("mac", "vector", "overhead", "ddr")
-GROUP = np.array([GROUPS[term] for term in TERMS])
+NAMES = ("float", "w8a8", "w8a16")
+#: Where rates start: microseconds per million MACs, thousand elements, layer, matrix and kB; a 2023 phone NPU at w8a16.
+START = {
+    "conv": 0.07, "point": 0.1, "stem": 0.6, "dilated": 0.14, "grouped": 0.1, "depthwise": 1.5, "transposed": 0.07,
+    "volume": 0.15, "dense": 0.1, "attend": 0.12, "ragged": 0.03, "feed": 0.0015, "add": 0.005, "mul": 0.006,
+    "scale": 0.006, "curve": 0.012, "softmax": 0.025, "norm": 0.1, "pool": 0.005, "resize": 0.008, "reduce": 0.01,
+    "exotic": 0.03, "copy": 0.004, "permute": 0.01, "relayout": 0.006, "high_rank": 0.015, "input": 0.3,
+    "output": 0.03, "image": 0.2, "graph": 60.0, "mac_op": 1.0, "vector_op": 1.0, "move_op": 1.0, "batch_op": 0.3,
+    "weights": 0.018, "spill": 0.012,
+}  # fmt: skip
+#: Log of the ratio to these where another precision starts.
+SHIFT = {
+    "float": {
+        "conv": 0.7, "point": 0.7, "dilated": 0.7, "grouped": 0.3, "stem": 0.3, "dense": 0.4, "attend": 0.2, "feed": 0.3
+    },
+    "w8a8": {
+        "conv": -0.7, "point": -0.6, "dilated": -0.7, "grouped": -0.3, "stem": -0.3, "dense": -0.2, "feed": -0.3,
+        "add": -0.3, "curve": -0.5, "input": -0.5, "output": -0.5,
+    },
+    "w8a16": {},
+}  # fmt: skip
+#: Standard deviation of the priors (log): of all rates, of a precision's deviation; tighter where physics says more.
+WIDE, DEVIATION = 0.7, 0.6
+TIGHT = {"graph": 0.6, "mac_op": 0.6, "vector_op": 0.6, "move_op": 0.6, "weights": 0.6, "spill": 0.6, "input": 0.6,
+         "dilated": 0.4}  # fmt: skip
+TIGHT_DEVIATION = {**TIGHT, "input": 0.5, "dilated": 0.25}
+CAUCHY = 0.1
+#: Weight of the measurements of one (workload, precision) against the priors.
+TRUST = 3.0
+CHIP_SPREAD = {"group": 0.35, "precision": 0.25, "all": 1.0}
+
 IS_DDR = np.array([term in DDR for term in TERMS])
 IS_OVERHEAD = np.array([term in OVERHEAD for term in TERMS])
-#: Where rates start: microseconds per million MACs, thousand elements, layer and kB on a 2023 flagship's NPU.
-START = {
-    "conv": 0.06, "point": 0.08, "stem": 0.2, "dilated": 0.3, "grouped": 0.1, "depthwise": 1.0, "transposed": 0.1,
-    "volume": 0.3, "dense": 0.15, "attend": 0.2, "feed": 0.003, "add": 0.004, "mul": 0.004, "curve": 0.008,
-    "softmax": 0.02, "norm": 0.015, "pool": 0.005, "resize": 0.01, "reduce": 0.01, "exotic": 0.02, "copy": 0.005,
-    "permute": 0.01, "relayout": 0.005, "high_rank": 0.015, "input": 0.02, "output": 0.02, "graph": 60.0, "mac_op": 1.2,
-    "vector_op": 1.2, "move_op": 1.2, "weights": 0.018, "spill": 0.014,
-}  # fmt: skip
-SPREAD = {"base": 1.0, "precision": 0.5, "chip": 0.6, "chip_precision": 0.12, "chip_term": 0.08}
-OVERLAP = 6.0
-CAUCHY = 0.1
-
-
-@dataclass
-class Rates:
-    """Fitted log rates. ``base`` [terms]; ``precision`` name -> [terms]; ``chip`` name -> [groups]; ``chip_precision``
-    (chip, precision) -> [groups]; ``chip_term`` chip -> [terms]."""
-
-    base: Array
-    precision: dict[str, Array] = field(default_factory=dict)
-    chip: dict[str, Array] = field(default_factory=dict)
-    chip_precision: dict[tuple[str, str], Array] = field(default_factory=dict)
-    chip_term: dict[str, Array] = field(default_factory=dict)
-
-    def log_rates(self, chip: str, precision: str) -> Array:
-        zero, none = np.zeros(len(GROUP_NAMES)), np.zeros(len(TERMS))
-        groups = self.chip.get(chip, zero) + self.chip_precision.get((chip, precision), zero)
-        return self.base + self.precision.get(precision, none) + groups[GROUP] + self.chip_term.get(chip, none)
-
-
-def predict(amounts: Array, rates: Array) -> tuple[Array, Array]:
-    """Microseconds [rows] and shares d log T / d log rate [rows, terms] for amounts [rows, terms] and log rates."""
-    parts = amounts * np.exp(rates)
-    compute, ddr = parts[:, ~(IS_DDR | IS_OVERHEAD)].sum(1), parts[:, IS_DDR].sum(1)
-    overhead = parts[:, IS_OVERHEAD].sum(1)
-    big = np.maximum(np.maximum(compute, ddr), 1e-9)
-    body = big * ((compute / big) ** OVERLAP + (ddr / big) ** OVERLAP) ** (1 / OVERLAP)
-    total = overhead + body
-    slope = np.ones_like(parts)
-    slope[:, ~(IS_DDR | IS_OVERHEAD)] = ((compute / body) ** (OVERLAP - 1))[:, None]
-    slope[:, IS_DDR] = ((ddr / body) ** (OVERLAP - 1))[:, None]
-    return total, parts * slope / total[:, None]
+IS_COMPUTE = ~(IS_DDR | IS_OVERHEAD)
+GROUP = np.array([next(i for i, terms in enumerate(GROUPS.values()) if term in terms) for term in TERMS])
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Measurements: amounts [n, terms], microseconds [n], and per row chip, precision and model."""
+class Samples:
+    """Workloads at a precision: amounts of every stretch [stretches, terms] and the sample each belongs to."""
 
     amounts: Array
-    time_us: Array
-    chips: Array
-    precisions: Array
-    models: Array
+    sample: Array
+    precision: Array
 
-    def pick(self, mask: Array) -> Rows:
-        return Rows(self.amounts[mask], self.time_us[mask], self.chips[mask], self.precisions[mask], self.models[mask])
+    @classmethod
+    def of(cls, stretches: Sequence[Sequence[Mapping[str, float]]], precisions: Sequence[str]) -> Samples:
+        rows = [[part.get(term, 0.0) for term in TERMS] for parts in stretches for part in parts]
+        sample = np.repeat(np.arange(len(stretches)), [len(parts) for parts in stretches])
+        return cls(np.array(rows), sample, np.array([NAMES.index(name) for name in precisions]))
 
-    def weights(self) -> Array:
-        """One per row, so that every (model, precision) counts the same."""
-        keys = np.char.add(np.char.add(self.models.astype(str), "|"), self.precisions.astype(str))
-        _, index, count = np.unique(keys, return_inverse=True, return_counts=True)
-        return 1.0 / np.sqrt(count[index]) if False else 3.0 / count[index]
+    def pick(self, keep: Array) -> Samples:
+        """The samples with these numbers, in this order (repeats allowed)."""
+        order = np.argsort(self.sample, kind="stable")
+        first = np.searchsorted(self.sample[order], np.arange(len(self.precision) + 1))
+        rows = [order[first[i] : first[i + 1]] for i in keep]
+        sample = np.repeat(np.arange(len(keep)), [len(r) for r in rows])
+        return Samples(self.amounts[np.concatenate(rows)], sample, self.precision[keep])
 
 
-class Design:
-    """Which parameter belongs to which (row, term)."""
-
-    def __init__(self, rows: Rows):
-        self.chip_names = sorted(set(rows.chips))
-        self.precision_names = sorted(set(rows.precisions))
-        self.terms = len(TERMS)
-        c, p, g = len(self.chip_names), len(self.precision_names), len(GROUP_NAMES)
-        sizes = {"base": self.terms, "precision": p * self.terms, "chip": c * g, "chip_precision": c * p * g,
-                 "chip_term": c * self.terms}  # fmt: skip
-        self.offset, start = {}, 0
-        for name, size in sizes.items():
-            self.offset[name], start = start, start + size
-        self.size = start
-        self.spread = np.concatenate([np.full(size, SPREAD[name]) for name, size in sizes.items()])
-
-    def index(self, rows: Rows) -> Array:
-        """[rows, terms, 5] parameter numbers."""
-        chip = np.searchsorted(self.chip_names, rows.chips)[:, None]
-        precision = np.searchsorted(self.precision_names, rows.precisions)[:, None]
-        term, g = np.arange(self.terms)[None, :], len(GROUP_NAMES)
-        parts = (
-            self.offset["base"] + term + 0 * chip,
-            self.offset["precision"] + precision * self.terms + term,
-            self.offset["chip"] + chip * g + GROUP[None, :],
-            self.offset["chip_precision"] + (chip * len(self.precision_names) + precision) * g + GROUP[None, :],
-            self.offset["chip_term"] + chip * self.terms + term,
-        )
-        return np.stack(np.broadcast_arrays(*parts), -1)
-
-    def rates(self, theta: Array) -> Rates:
-        t, g = self.terms, len(GROUP_NAMES)
-
-        def block(name: str, i: int, size: int) -> Array:
-            start = self.offset[name] + i * size
-            return theta[start : start + size].copy()
-
-        found = Rates(start_rates() + block("base", 0, t))
-        for i, name in enumerate(self.precision_names):
-            found.precision[name] = block("precision", i, t)
-        for i, chip in enumerate(self.chip_names):
-            found.chip[chip] = block("chip", i, g)
-            found.chip_term[chip] = block("chip_term", i, t)
-            for j, name in enumerate(self.precision_names):
-                found.chip_precision[chip, name] = block("chip_precision", i * len(self.precision_names) + j, g)
-        return found
+def predict(samples: Samples, rates: Array) -> tuple[Array, Array]:
+    """log microseconds [n] and d log T / d log rate [n, terms], for log rates [n, terms]."""
+    parts = samples.amounts * np.exp(rates[samples.sample])
+    body, by_compute, by_ddr = overlapped(parts[:, IS_COMPUTE].sum(1), parts[:, IS_DDR].sum(1))
+    parts[:, IS_COMPUTE] *= by_compute[:, None]
+    parts[:, IS_DDR] *= by_ddr[:, None]
+    n = len(samples.precision)
+    total = np.bincount(samples.sample, body + parts[:, IS_OVERHEAD].sum(1), n)
+    share = np.zeros((n, len(TERMS)))
+    np.add.at(share, samples.sample, parts)
+    return np.log(total), share / total[:, None]
 
 
 def start_rates() -> Array:
-    return np.log([START[term] for term in TERMS])
+    """[precisions, terms]"""
+    return np.log([[START[term] for term in TERMS]]) + [
+        [SHIFT[name].get(term, 0.0) for term in TERMS] for name in NAMES
+    ]
 
 
-def fit(rows: Rows, design: Design | None = None, theta: Array | None = None, steps: int = 30) -> tuple[Design, Array]:
-    """Gauss-Newton with Cauchy weights from ``theta`` (or the start rates). Returns the design and its parameters."""
-    design = design or Design(rows)
-    index, weight = design.index(rows), rows.weights()
-    theta = np.zeros(design.size) if theta is None else theta.copy()
-    row = np.repeat(np.arange(len(rows.time_us)), design.terms * index.shape[-1])
-    flat = index.reshape(len(rows.time_us), -1)
-    start, measured = start_rates(), np.log(rows.time_us)
-    scale = 0.5 if not theta.any() else CAUCHY
+def base_rates(theta: Array) -> Array:
+    """log rates [precisions, terms] of parameters [1 + precisions, terms]."""
+    return start_rates() + theta[0] + theta[1:]
+
+
+def _prior() -> Array:
+    wide = [WIDE * TIGHT.get(term, 1.0) for term in TERMS]
+    deviation = [DEVIATION * TIGHT_DEVIATION.get(term, 1.0) for term in TERMS]
+    return np.concatenate([wide, *[deviation] * len(NAMES)])
+
+
+def fit_base(samples: Samples, log_us: Array, theta: Array | None = None, steps: int = 25) -> Array:
+    """Rates of all precisions; ``theta``: where to start (a previous fit). Gauss-Newton, annealed when cold."""
+    k, n = len(TERMS), len(log_us)
+    scale = 0.5 if theta is None else CAUCHY
+    theta = np.zeros((1 + len(NAMES), k)) if theta is None else theta.copy()
+    prior = _prior()
     for _ in range(steps):
-        total, share = predict(rows.amounts, start + theta[index].sum(-1))
-        error = measured - np.log(total)
-        jacobian = np.zeros((len(measured), design.size))
-        np.add.at(jacobian, (row, flat.ravel()), np.repeat(share, index.shape[-1], axis=1).ravel())
-        robust = weight / (1 + (error / scale) ** 2) / CAUCHY**2
-        hessian = (jacobian * robust[:, None]).T @ jacobian
-        hessian[np.diag_indices(design.size)] += 1 / design.spread**2
-        gradient = jacobian.T @ (robust * error) - theta / design.spread**2
-        step = np.linalg.solve(hessian, gradient)
-        theta += np.clip(step, -0.5, 0.5)
-        if np.abs(step).max() < 1e-3 and scale == CAUCHY:
+        predicted, share = predict(samples, base_rates(theta)[samples.precision])
+        error = log_us - predicted
+        jacobian = np.zeros((n, theta.size))
+        jacobian[:, :k] = share
+        for p in range(len(NAMES)):
+            rows = samples.precision == p
+            jacobian[rows, k * (p + 1) : k * (p + 2)] = share[rows]
+        step = _step(jacobian, error, TRUST, scale, theta.ravel(), prior)
+        theta += np.clip(step, -0.5, 0.5).reshape(theta.shape)
+        if scale == CAUCHY and np.abs(step).max() < 2e-3:
             break
         scale = max(CAUCHY, scale * 0.8)
-    return design, theta
+    return theta
+
+
+def _step(jacobian: Array, error: Array, trust: Array | float, scale: float, theta: Array, prior: Array) -> Array:
+    weight = trust / (1 + (error / scale) ** 2) / CAUCHY**2
+    hessian = (jacobian * np.reshape(weight, (-1, 1))).T @ jacobian
+    hessian[np.diag_indices(len(theta))] += 1 / prior**2
+    return np.linalg.solve(hessian, jacobian.T @ (weight * error) - theta / prior**2)
+
+
+# -------------------------------------------------------------------------------------------------------------- chips
+
+#: Parameters of a chip: one for all terms, one per group, one per precision (log factors).
+CHIP_SIZE = 1 + len(GROUPS) + len(NAMES)
+CHIP_PRIOR = np.array([CHIP_SPREAD["all"], *[CHIP_SPREAD["group"]] * len(GROUPS), *[CHIP_SPREAD["precision"]] * 3])
+
+
+def chip_rates(base: Array, chip: Array, precision: Array) -> Array:
+    """log rates [n, terms] on a chip, for precision numbers [n]."""
+    return base[precision] + chip[0] + chip[1 + GROUP] + chip[1 + len(GROUPS) + precision][:, None]
+
+
+def fit_chip(
+    samples: Samples, log_us: Array, base: Array, residual: Array, center: Array | None = None, steps: int = 8,
+    start: Array | None = None, carried: bool = True,
+) -> Array:  # fmt: skip
+    """Factors of one chip. residual [n]: what the base is known to get wrong about each sample (0: unknown).
+    center: factors of a typical chip, which few measurements stay near. carried: residuals come from other chips, so
+    what is left is small; else it is as large as the model's own error."""
+    center = np.zeros(CHIP_SIZE) if center is None else center
+    chip = (center if start is None else start).copy()
+    scale = 0.05 if carried else 0.15
+    for _ in range(steps):
+        predicted, share = predict(samples, chip_rates(base, chip, samples.precision))
+        error = log_us - residual - predicted
+        jacobian = np.zeros((len(error), CHIP_SIZE))
+        jacobian[:, 0] = share.sum(1)
+        for g in range(len(GROUPS)):
+            jacobian[:, 1 + g] = share[:, g == GROUP].sum(1)
+        jacobian[np.arange(len(error)), 1 + len(GROUPS) + samples.precision] = share.sum(1)
+        weight = 1 / (1 + (error / scale) ** 2) / scale**2
+        hessian = (jacobian * weight[:, None]).T @ jacobian
+        hessian[np.diag_indices(CHIP_SIZE)] += 1 / CHIP_PRIOR**2
+        step = np.linalg.solve(hessian, jacobian.T @ (weight * error) - (chip - center) / CHIP_PRIOR**2)
+        chip += np.clip(step, -0.7, 0.7)
+        if np.abs(step).max() < 1e-3:
+            break
+    return chip
+
+
+@dataclass
+class Fit:
+    """theta: see `base_rates`; chips: name -> factors; residual [samples]: mean log error of the base, per sample."""
+
+    theta: Array
+    chips: dict[str, Array] = field(default_factory=dict)
+    residual: Array = field(default_factory=lambda: np.zeros(0))
+
+    @property
+    def base(self) -> Array:
+        return base_rates(self.theta)
+
+    def center(self, without: str = "") -> Array:
+        """Factors of a typical chip."""
+        return np.median([chip for name, chip in self.chips.items() if name != without], axis=0)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Rows: the sample number, the chip and log microseconds of each measurement."""
+
+    sample: Array
+    chip: Array
+    log_us: Array
+
+    def pick(self, mask: Array) -> Measured:
+        return Measured(self.sample[mask], self.chip[mask], self.log_us[mask])
+
+
+def fit_all(samples: Samples, rows: Measured, old: Fit | None = None, rounds: int = 3, steps: int = 25) -> Fit:
+    """Both levels in turn. Samples without rows do not take part."""
+    names = sorted(set(rows.chip))
+    used = np.unique(rows.sample)
+    fit = old or Fit(np.zeros((1 + len(NAMES), len(TERMS))), {name: np.zeros(CHIP_SIZE) for name in names})
+    relative = _two_way(samples, rows, names) if old is None else _relative(samples, rows, fit)
+    picked = samples.pick(used)
+    theta = None if old is None else old.theta
+    chips = dict(fit.chips)
+    for _ in range(rounds):
+        theta = fit_base(picked, relative[used], theta, steps)
+        base = base_rates(theta)
+        at_base, _ = predict(samples, base[samples.precision])
+        residual = relative - at_base
+        for name in names:
+            mine = rows.pick(rows.chip == name)
+            chips[name] = fit_chip(
+                samples.pick(mine.sample), mine.log_us, base, residual[mine.sample], start=chips.get(name), steps=4
+            )
+        fit = Fit(theta, chips, residual)
+        relative = _relative(samples, rows, fit)
+    return fit
+
+
+def _two_way(samples: Samples, rows: Measured, names: Sequence[str]) -> Array:
+    """log us per sample with each chip's median offset (per precision) taken out."""
+    table = np.full((len(samples.precision), len(names)), np.nan)
+    table[rows.sample, np.searchsorted(names, rows.chip)] = rows.log_us
+    known = np.isfinite(table)
+    offset = np.zeros((len(NAMES), len(names)))
+    mean = np.full(len(table), np.nan)
+    for _ in range(5):
+        rest = table - offset[samples.precision]
+        for i in np.flatnonzero(known.any(1)):
+            mean[i] = np.median(rest[i, known[i]])
+        for p in range(len(NAMES)):
+            for c in range(len(names)):
+                mine = known[:, c] & (samples.precision == p)
+                offset[p, c] = np.median((table[:, c] - mean)[mine]) if mine.any() else 0.0
+    return mean
+
+
+def _relative(samples: Samples, rows: Measured, fit: Fit) -> Array:
+    """log us per sample as if at the base rates: each measurement minus what the model says its chip adds."""
+    at_base, _ = predict(samples, fit.base[samples.precision])
+    found: dict[int, list[float]] = {}
+    for name in sorted(set(rows.chip)):
+        mine = rows.pick(rows.chip == name)
+        picked = samples.pick(mine.sample)
+        there, _ = predict(picked, chip_rates(fit.base, fit.chips[name], picked.precision))
+        for i, value in zip(mine.sample, mine.log_us - there + at_base[mine.sample], strict=True):
+            found.setdefault(int(i), []).append(float(value))
+    out = np.full(len(samples.precision), np.nan)
+    for i, values in found.items():
+        out[i] = np.median(values)
+    return out

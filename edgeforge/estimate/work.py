@@ -2,38 +2,43 @@
 
 The terms and what they count (per inference):
     MAC terms, in million padded multiply-accumulates: conv, point, stem, dilated, grouped, depthwise, transposed,
-        volume, dense, attend
-    vector terms, in thousand padded elements: feed (read and written by MAC layers), add, mul, curve, softmax, norm,
-        pool, resize, reduce, exotic
+        volume, dense, attend, ragged (dense once more, where the number of rows is no multiple of 4)
+    vector terms, in thousand padded elements: feed (read and written by MAC layers), add, mul, scale (by constants),
+        curve, softmax, norm, pool, resize, reduce, exotic
     move terms, in thousand padded elements: copy, permute, relayout, high_rank
-    io terms, in thousand elements: input, output
-    overheads, in layers: mac_op, vector_op, move_op, and graph (1)
+    io terms, in thousand elements: input, output, image (arithmetic on few channels, before any convolution)
+    overheads, in layers: mac_op, vector_op, move_op; batch_op (matrices of an activation product); graph (1)
     DDR terms, in kB: weights, spill
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections import Counter
 from dataclasses import dataclass, field
 
 from edgeforge.estimate.program import Layer, Program, Shape
 
-MAC = ("conv", "point", "stem", "dilated", "grouped", "depthwise", "transposed", "volume", "dense", "attend")
-VECTOR = ("feed", "add", "mul", "curve", "softmax", "norm", "pool", "resize", "reduce", "exotic")
+MAC = (
+    "conv", "point", "stem", "dilated", "grouped", "depthwise", "transposed", "volume", "dense", "attend",
+    "ragged",
+)  # fmt: skip
+VECTOR = ("feed", "add", "mul", "scale", "curve", "softmax", "norm", "pool", "resize", "reduce", "exotic")
 MOVE = ("copy", "permute", "relayout", "high_rank")
-IO = ("input", "output")
-OVERHEAD = ("graph", "mac_op", "vector_op", "move_op")
+IO = ("input", "output", "image")
+OVERHEAD = ("graph", "mac_op", "vector_op", "move_op", "batch_op")
 DDR = ("weights", "spill")
 TERMS = (*MAC, *VECTOR, *MOVE, *IO, *OVERHEAD, *DDR)
-
+#: What a chip's own factors apply to.
+GROUPS = {"mac": MAC, "vector": (*VECTOR, *MOVE, *IO), "overhead": OVERHEAD, "ddr": DDR}
 MAC_OPS = ("conv2d", "conv3d", "conv_transpose", "linear", "matmul")
-CLAMPS = ("relu", "relu6", "clip")
+CLAMPS = ("relu", "relu6", "clip", "leaky_relu")
 CLAMPED = ("conv2d", "conv3d", "conv_transpose", "linear", "add")
 COPIES = ("concat", "slice", "pad", "gather", "expand", "depth_to_space", "space_to_depth")
+FOLDING = ("conv2d", "conv3d", "linear")
 CLASSES = {
     "add": "add", "sub": "add", "mul": "mul", "div": "exotic", "reciprocal": "exotic", "neg": "add", "relu": "add",
-    "relu6": "add", "clip": "add", "leaky_relu": "mul", "prelu": "mul", "requantize": "add", "softmax": "softmax",
+    "relu6": "add", "clip": "add", "leaky_relu": "add", "prelu": "exotic", "requantize": "add", "softmax": "softmax",
     "layer_norm": "norm", "rms_norm": "norm", "instance_norm": "norm", "group_norm": "norm", "channel_norm": "norm",
     "l2_norm": "norm", "max_pool": "pool", "avg_pool": "pool", "resize": "resize", "reduce_mean": "reduce",
     "reduce_sum": "reduce", "reduce_max": "reduce", "argmax": "reduce", "roi_align": "exotic",
@@ -118,55 +123,60 @@ class Layout:
 
 def works(program: Program, precision: Precision, vtcm_bytes: float = 8e6) -> list[Work]:
     """One `Work` per layer, in order; fused layers and views have no amounts."""
-    users: dict[str, list[Layer]] = {}
+    made = {layer.output: layer for layer in program.layers}
+    readers: dict[str, list[Layer]] = {}
     for layer in program.layers:
         for name in layer.inputs:
-            users.setdefault(name, []).append(layer)
-    made = {layer.output: layer for layer in program.layers}
+            readers.setdefault(name, []).append(layer)
     layout, out = Layout(program), []
     for layer in program.layers:
         moved = layout.follow(layer)
         work = Work(layer)
         out.append(work)
-        if _fused(layer, made, users, program.outputs):
+        if _fused(layer, made, readers, program):
             continue
-        bits = layer.bits or precision.activations
-        kind, work.amounts = _amounts(layer, layout, moved, users)
-        if kind:
-            work.amounts[kind] = work.amounts.get(kind, 0) + 1
-        work.weight_bytes = layer.weights * (layer.weight_bits or precision.weights) / 8
-        if layer.op == "gather":
-            work.weight_bytes = 0.0
+        kind, work.amounts = _amounts(layer, layout, moved)
+        if not kind:
+            continue
+        work.amounts[kind] = 1.0
+        if layer.op != "gather":
+            work.weight_bytes = layer.weights * (layer.weight_bits or precision.weights) / 8
         work.amounts["weights"] = work.weight_bytes / 1e3
-        if kind:
-            touched = {*layer.inputs, layer.output}
-            work.moved_bytes = sum(layout.padded(name) for name in touched) * bits / 8
-            if work.moved_bytes > vtcm_bytes:
-                work.amounts["spill"] = work.moved_bytes / 1e3
+        bits = layer.bits or precision.activations
+        work.moved_bytes = sum(layout.padded(name) for name in {*layer.inputs, layer.output}) * bits / 8
+        if work.moved_bytes > vtcm_bytes:
+            work.amounts["spill"] = work.moved_bytes / 1e3
     return out
 
 
-def _fused(layer: Layer, made: dict[str, Layer], users: dict[str, list[Layer]], outputs: Iterable[str]) -> bool:
-    """Clamps after what can clamp, and the transpose that a matmul applies to its second operand."""
-    if layer.op in CLAMPS:
-        before = made.get(layer.inputs[0])
-        return before is not None and before.op in CLAMPED and len(users[before.output]) == 1
-    if layer.op == "transpose" and layer.output not in outputs:
-        readers = users.get(layer.output, [])
+def _fused(layer: Layer, made: dict[str, Layer], readers: dict[str, list[Layer]], program: Program) -> bool:
+    """Clamps and constant factors or addends go into the layer before; a matmul transposes its second operand."""
+    if layer.op == "expand":
+        return True
+    if layer.op == "transpose" and layer.output not in program.outputs:
         rank = len(layer.attrs["perm"])
         swapped = tuple(layer.attrs["perm"]) == (*range(rank - 2), rank - 1, rank - 2)
-        return swapped and all(r.op == "matmul" and r.inputs[-1] == layer.output for r in readers)
-    return layer.op == "expand"
+        found = readers.get(layer.output, [])
+        return swapped and all(reader.op == "matmul" and reader.inputs[-1] == layer.output for reader in found)
+    if len(layer.inputs) != 1:
+        return False
+    before = made.get(layer.inputs[0])
+    alone = before is not None and len(readers[before.output]) == 1
+    into = CLAMPED if layer.op in CLAMPS else FOLDING if layer.op in ("add", "sub", "mul") else ()
+    return alone and before.op in into
 
 
-def _amounts(
-    layer: Layer, layout: Layout, moved: str, users: dict[str, list[Layer]]
-) -> tuple[str, dict[str, float]]:
+def _amounts(layer: Layer, layout: Layout, moved: str) -> tuple[str, dict[str, float]]:
     """The kind of overhead, and the terms of one layer."""
     shape, size = layout.shapes[layer.output], layout.padded(layer.output)
     read = sum(layout.padded(name) for name in layer.inputs)
     if layer.op in MAC_OPS:
-        return "mac_op", {_mac_class(layer, shape): _padded_macs(layer, shape) / 1e6, "feed": (read + size) / 1e3}
+        found = {_mac_class(layer, shape): _padded_macs(layer, shape) / 1e6, "feed": (read + size) / 1e3}
+        if layer.op == "matmul":
+            found["batch_op"] = float(math.prod(shape[:-2]))
+        if layer.op == "linear" and len(shape) == 3 and shape[1] > TILE_DEPTH and shape[1] % 4:
+            found["ragged"] = found["dense"]
+        return "mac_op", found
     if layer.op in ("transpose", "reshape"):
         if moved == "free":
             return "", {}
@@ -175,6 +185,10 @@ def _amounts(
     if layer.op in COPIES:
         return "move_op", {"copy": size / 1e3}
     term = CLASSES.get(layer.op, "curve")
+    if layer.op in ("add", "sub", "mul") and len(shape) >= 4 and shape[1] <= 4:
+        return "vector_op", {"image": math.prod(shape) / 1e3}
+    if layer.op in ("add", "sub", "mul", "div") and len(layer.inputs) == 1:
+        term = "scale"
     amount = max(size, read) if term in ("pool", "reduce") else size
     if term == "pool":
         window = math.prod(layer.attrs.get("kernel", (1, 1)))
@@ -220,20 +234,25 @@ def _padded_macs(layer: Layer, shape: Shape) -> float:
         spatial[0] = shape[2]
     area = shape[0] * math.prod(spatial)
     if a["fan_in"] == 1 and groups > 1:
-        return area * window * up(shape[1], TILE_DEPTH)
+        # A vector unit: larger windows reuse what was loaded.
+        return area * (min(window, 9) + 0.3 * max(window - 9, 0)) * up(shape[1], TILE_DEPTH)
     if groups > 1:
         return area * window * up(shape[1], TILE_DEPTH) * up(a["fan_in"], TILE_DEPTH)
     fan_in = up(a["fan_in"], 4) if a["fan_in"] <= 4 else up(a["fan_in"], TILE_DEPTH)
     return area * window * up(shape[1], TILE_DEPTH) * fan_in
 
 
-def totals(program: Program, precision: Precision, vtcm_bytes: float = 8e6) -> dict[str, float]:
-    """Amounts of the whole program, with its inputs, outputs and the graph itself."""
-    total = dict.fromkeys(TERMS, 0.0)
-    for work in works(program, precision, vtcm_bytes):
-        for term, amount in work.amounts.items():
-            total[term] += amount
-    total["input"] = sum(program.size(name) for name in program.inputs) / 1e3
-    total["output"] = sum(program.size(name) for name in program.outputs) / 1e3
-    total["graph"] = 1.0
-    return total
+#: Weights that are fetched ahead of the layers that need them, kB: time is counted in stretches of this much traffic.
+AHEAD = 6000.0
+
+
+def stretches(program: Program, found: list[Work]) -> list[dict[str, float]]:
+    """Amounts summed over stretches of layers within which fetching and computing overlap."""
+    out: list[Counter[str]] = [Counter()]
+    for work in found:
+        out[-1].update(work.amounts)
+        if out[-1]["weights"] + out[-1]["spill"] >= AHEAD:
+            out.append(Counter())
+    out[0].update({"graph": 1.0, "input": sum(program.size(name) for name in program.inputs) / 1e3})
+    out[-1]["output"] += sum(program.size(name) for name in program.outputs) / 1e3
+    return [dict(amounts) for amounts in out]
