@@ -39,14 +39,14 @@ SHIFT = {
     "w8a16": {},
 }  # fmt: skip
 #: Standard deviation of the priors (log): of all rates, of a precision's deviation; tighter where physics says more.
-WIDE, DEVIATION = 0.7, 0.6
+WIDE, DEVIATION = 0.5, 0.5
 TIGHT = {"graph": 0.6, "mac_op": 0.6, "vector_op": 0.6, "move_op": 0.6, "weights": 0.6, "spill": 0.6, "input": 0.6,
          "dilated": 0.4}  # fmt: skip
 TIGHT_DEVIATION = {**TIGHT, "input": 0.5, "dilated": 0.25}
 CAUCHY = 0.1
 #: Weight of the measurements of one (workload, precision) against the priors.
-TRUST = 3.0
-CHIP_SPREAD = {"group": 0.35, "precision": 0.25, "all": 1.0}
+TRUST = 2.0
+CHIP_SPREAD = {"all": 1.0, "group": 0.35, "precision": 0.25, "term": 0.25}
 
 IS_DDR = np.array([term in DDR for term in TERMS])
 IS_OVERHEAD = np.array([term in OVERHEAD for term in TERMS])
@@ -139,14 +139,16 @@ def _step(jacobian: Array, error: Array, trust: Array | float, scale: float, the
 
 # -------------------------------------------------------------------------------------------------------------- chips
 
-#: Parameters of a chip: one for all terms, one per group, one per precision (log factors).
-CHIP_SIZE = 1 + len(GROUPS) + len(NAMES)
-CHIP_PRIOR = np.array([CHIP_SPREAD["all"], *[CHIP_SPREAD["group"]] * len(GROUPS), *[CHIP_SPREAD["precision"]] * 3])
+#: A chip's parameters (log factors): one for all terms, one per group, per precision, per term; each with its prior.
+CHIP_SIZE = 1 + len(GROUPS) + len(NAMES) + len(TERMS)
+CHIP_PRIOR = np.repeat(list(CHIP_SPREAD.values()), [1, len(GROUPS), len(NAMES), len(TERMS)])
+_PRECISION, _TERM = 1 + len(GROUPS), 1 + len(GROUPS) + len(NAMES)
 
 
 def chip_rates(base: Array, chip: Array, precision: Array) -> Array:
     """log rates [n, terms] on a chip, for precision numbers [n]."""
-    return base[precision] + chip[0] + chip[1 + GROUP] + chip[1 + len(GROUPS) + precision][:, None]
+    shared = chip[0] + chip[1 + GROUP] + chip[_TERM:]
+    return base[precision] + shared + chip[_PRECISION + precision][:, None]
 
 
 def fit_chip(
@@ -166,7 +168,8 @@ def fit_chip(
         jacobian[:, 0] = share.sum(1)
         for g in range(len(GROUPS)):
             jacobian[:, 1 + g] = share[:, g == GROUP].sum(1)
-        jacobian[np.arange(len(error)), 1 + len(GROUPS) + samples.precision] = share.sum(1)
+        jacobian[np.arange(len(error)), _PRECISION + samples.precision] = share.sum(1)
+        jacobian[:, _TERM:] = share
         weight = 1 / (1 + (error / scale) ** 2) / scale**2
         hessian = (jacobian * weight[:, None]).T @ jacobian
         hessian[np.diag_indices(CHIP_SIZE)] += 1 / CHIP_PRIOR**2
