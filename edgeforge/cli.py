@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from edgeforge.errors import EdgeForgeError
+from edgeforge.errors import EdgeForgeError, InvalidInput
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -52,7 +53,6 @@ def export(
     set: Annotated[list[str] | None, typer.Option("--set", help="recipe entry, a.b=value (repeatable)")] = None,
 ) -> None:
     """Lower MODEL (embedded name, .onnx, .pt2, package.module:callable) into a bundle."""
-    from edgeforge.errors import InvalidInput
     from edgeforge.pipeline import export as run
 
     if calibration is None:
@@ -75,6 +75,9 @@ def validate(
     model: Annotated[str | None, typer.Option(help="the float model, for float figures on other data")] = None,
     backend: Annotated[list[str] | None, typer.Option(help="only this backend (repeatable)")] = None,
     samples: Annotated[int | None, typer.Option(help="use only the first samples")] = None,
+    per_node: Annotated[
+        bool, typer.Option("--per-node", help="each node on the simulator's codes, worst first")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Compare every artifact of BUNDLE with the simulator and the float model. Exit code 1: a bound was missed."""
@@ -83,6 +86,9 @@ def validate(
     from edgeforge.validate import validate as run
 
     opened = load_bundle(bundle)
+    if per_node:
+        _validate_nodes(opened, backend or (), samples or 1, as_json)
+        return
     source = load(model) if model else None
     found = find_data(data, "heldout", source, opened.graph, opened.recipe, bundle) if data else None
     found = found.head(samples) if found is not None and samples else found
@@ -90,20 +96,63 @@ def validate(
     if as_json:
         _print({"artifacts": [{k: v for k, v in dataclasses.asdict(r).items() if k != "misses"} for r in results]})
     else:
-        columns = ["backend", "ran", "identical", "max LSB", "SQNR dB", "cosine", "metric", "float", "source"]
+        columns = ["backend", "ran", "identical", "max LSB", "SQNR dB", "cosine", "metric", "float", "flips", "source"]
         rows = []
         for r in results:
-            metric = r.metric or {"name": None, "value": None, "float": None}
+            metric = r.metric or {"value": None, "float": None}
+            flips = f"-{metric['lost']} +{metric['gained']}" if "lost" in metric else None
             how = r.source if r.ran else r.reason
-            rows.append(
-                [r.backend, r.ran, r.identical, r.max_lsb, r.sqnr_db, r.cosine, metric["value"], metric["float"], how]
-            )
+            figures = [r.identical, r.max_lsb, r.sqnr_db, r.cosine, metric["value"], metric["float"], flips]
+            rows.append([r.backend, "yes" if r.ran else "no", *figures, how])
         _table(f"{opened.manifest.model} {opened.manifest.precision}", columns, rows)
     for result in results:
         for miss in result.misses:
             print(f"{result.backend}: {miss}", file=sys.stderr)
     if any(result.misses for result in results):
         raise typer.Exit(1)
+
+
+def _validate_nodes(bundle: Any, names: Any, samples: int, as_json: bool) -> None:
+    from edgeforge.validate import validate_nodes
+
+    built = [name for name, r in bundle.manifest.backends.items() if r.status == "built" and name != "simulator"]
+    found = {name: validate_nodes(bundle, name, samples, _say) for name in names or built}
+    if as_json:
+        _print({"nodes": {name: [dataclasses.asdict(node) for node in nodes] for name, nodes in found.items()}})
+        return
+    for name, nodes in found.items():
+        rows = [[n.node, n.op, n.rule, n.status, n.identical, n.max_lsb, n.bias_lsb, n.source] for n in nodes]
+        title = f"{name}: {sum(n.max_lsb == 0 for n in nodes)} of {len(nodes)} nodes identical"
+        _table(title, ["node", "op", "rule", "status", "identical", "max LSB", "bias LSB", "source"], rows)
+
+
+@app.command()
+def generate(
+    bundle: Path,
+    prompt: Annotated[str, typer.Option(help="text to go on from")],
+    max_tokens: Annotated[int, typer.Option(min=1)] = 40,
+    as_json: Json = False,
+) -> None:
+    """Continue a text with the language model of BUNDLE on the simulator, always taking the likeliest token."""
+    import time
+
+    from edgeforge.bundle import load_bundle
+    from edgeforge.llm.generate import generate as run
+
+    opened = load_bundle(bundle)
+    started, tokens, text = time.perf_counter(), [], ""
+    if not as_json:
+        print(prompt, end="", flush=True)
+    for token, piece in run(opened, prompt, max_tokens):
+        tokens.append(token)
+        text += piece
+        if not as_json:
+            print(piece, end="", flush=True)
+    if as_json:
+        speed = len(tokens) / (time.perf_counter() - started)
+        _print({"tokens": tokens, "text": text, "tokens_per_second": speed, "source": "simulated on this host"})
+    else:
+        print()
 
 
 @app.command()
@@ -135,14 +184,20 @@ def simulate(
 
 
 @app.command()
-def show(bundle: Path, node: str | None = None) -> None:
-    """Print the integer graph of BUNDLE, or the lines that name NODE."""
-    from edgeforge.bundle import load_bundle
+def show(what: Annotated[str, typer.Argument(metavar="BUNDLE|MODEL")], node: str | None = None) -> None:
+    """Print a bundle's integer graph (or a model's float graph) with encodings, or the lines that name NODE; then what
+    deviates: widths per dtype, exceptions to the precision, float islands."""
+    from edgeforge.bundle import MANIFEST, load_bundle
     from edgeforge.ir.text import print_graph
+    from edgeforge.pipeline import load
+    from edgeforge.report import deviations
 
-    for line in print_graph(load_bundle(bundle).graph).splitlines():
-        if node is None or node in line:
-            print(line)
+    bundle = load_bundle(Path(what)) if (Path(what) / MANIFEST).is_file() else None
+    graph = bundle.graph if bundle else load(what).imported.graph
+    lines = [line for line in print_graph(graph).splitlines() if node is None or node in line]
+    if not lines:
+        raise InvalidInput(f"{what}: no node or value is named like {node!r} -> edgeforge show {what} lists all")
+    print("\n".join([*lines, *(f"; {line}" for line in (deviations(graph, bundle.manifest) if bundle else ()))]))
 
 
 @app.command()
@@ -159,23 +214,23 @@ def targets(as_json: Json = False) -> None:
 
 
 @app.command()
-def ops(as_json: Json = False) -> None:
+def ops(
+    as_json: Json = False, markdown: Annotated[bool, typer.Option("--markdown", help="print a Markdown table")] = False
+) -> None:
     """The op support matrix: rounding rule and its status per numerics profile."""
-    import edgeforge.ops  # noqa: F401
-    from edgeforge.ir.op import OPS
-    from edgeforge.ir.rules import PROFILES, RULES
+    from edgeforge.support import markdown as table
+    from edgeforge.support import support
 
-    rows = []
-    for op in sorted(OPS.values(), key=lambda op: op.name):
-        rules = {p: PROFILES[p]["u8"][op.numerics] if op.numerics != "move" else "move" for p in PROFILES}
-        status = {
-            p: f"{rule} ({RULES[rule].status})" if rule in RULES else "exact (moves codes)" for p, rule in rules.items()
-        }
-        rows.append({"op": op.name, "doc": (op.doc or "").strip(), "numerics": status})
+    rows = support()
     if as_json:
         _print({"ops": rows})
+    elif markdown:
+        print(table(), end="")
     else:
-        _table("ops at 8 bits", ["op", *PROFILES], [[r["op"], *r["numerics"].values()] for r in rows])
+        for width, title in (("u8", "ops at 8 bits"), ("u16", "ops at 16 bits")):
+            cells = [[f"{p[width]['status']} ({p[width]['rule']})" for p in row["numerics"].values()] for row in rows]
+            columns = ["op", *rows[0]["numerics"]]
+            _table(title, columns, [[row["op"], *cell] for row, cell in zip(rows, cells, strict=True)])
 
 
 @app.command()
@@ -184,31 +239,46 @@ def doctor(as_json: Json = False) -> None:
     from edgeforge.backends import backend, names
     from edgeforge.bundle import tool_versions
 
-    found = [{"backend": name, "works": not (why := backend(name).missing()), "reason": why} for name in names()]
+    found = []
+    for name in names():
+        chosen = backend(name)
+        build, run = chosen.missing(), chosen.cannot_run()
+        reason = "; ".join(dict.fromkeys(why for why in (build, run) if why))
+        found.append(
+            {"backend": name, "summary": chosen.summary, "exports": not build, "runs": not run, "remedy": reason}
+        )
     if as_json:
         _print({"tools": tool_versions(), "backends": found})
     else:
-        _table(
-            "backends here", ["backend", "works", "remedy"], [[f["backend"], f["works"], f["reason"]] for f in found]
-        )
+        words = {True: "yes", False: "no"}
+        rows = [[f["backend"], f["summary"], words[f["exports"]], words[f["runs"]], f["remedy"]] for f in found]
+        _table("backends here", ["backend", "what", "exports", "runs here", "remedy"], rows)
+
+
+#: The exit code by which typer ends after Ctrl-C.
+INTERRUPTED = 130
 
 
 def main() -> None:
     """Entry point: errors a user can act on print without a traceback and exit with code 2."""
+    # Deprecations inside the libraries are for us, not for the user.
+    warnings.filterwarnings("ignore")
     try:
         app()
     except EdgeForgeError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        sys.exit(2)
+        _fail(f"{type(error).__name__}: {error}")
     except OSError as error:
-        print(
-            f"{error.filename or 'file system'}: {error.strerror} -> free space or choose another folder",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+        place = error.filename or "file system"
+        _fail(f"{place}: {error.strerror or error} -> free space or choose another folder")
+    except SystemExit as done:
+        if done.code == INTERRUPTED:
+            _fail("interrupted: nothing was written")
+        raise
+
+
+def _fail(message: str) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

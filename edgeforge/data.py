@@ -206,11 +206,15 @@ def load_tokenizer(path: Path) -> Any:
         raise InvalidInput(f"tokenizer {path.name} cannot be read: {error}") from None
 
 
+def bos_id(tokenizer: Any) -> int | None:
+    """The id of the token that begins a text, if the vocabulary has one."""
+    names = ("<s>", "<|bos|>", "<bos>", "<|begin_of_text|>", "<|endoftext|>")
+    return next((i for name in names if (i := tokenizer.token_to_id(name)) is not None), None)
+
+
 def windows(texts: list[str], tokenizer: Any, length: int) -> np.ndarray:
     """int64 [N, length]: per text non-overlapping windows, each led by the BOS token if the tokenizer has one."""
-    bos = next(
-        (i for t in ("<s>", "<|bos|>", "<bos>", "<|endoftext|>") if (i := tokenizer.token_to_id(t)) is not None), None
-    )
+    bos = bos_id(tokenizer)
     step = length if bos is None else length - 1
     rows = []
     for text in texts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from edgeforge.errors import InvalidInput, Unsupported
 from edgeforge.ir.graph import Graph
 from edgeforge.models import Model, call, load_model
 from edgeforge.passes import optimize
+from edgeforge.progress import track
 from edgeforge.quantize.assign import assign
 from edgeforge.quantize.calibrate import calibrate
 from edgeforge.quantize.convert import convert
@@ -88,8 +89,8 @@ class _Batches:
     def __init__(self, data: Dataset, size: int = 8):
         self.data, self.size = data, size
 
-    def __iter__(self) -> Any:
-        return self.data.batches(self.size)
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return track(self.data.batches(self.size), -(-len(self.data) // self.size), "calibrating")
 
 
 def lower(graph: Graph, target: Target, names: Sequence[str], folder: Path, say: Progress) -> dict[str, BackendRecord]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from edgeforge.bundle import Manifest
 from edgeforge.ir.graph import Graph
 from edgeforge.ir.rules import RULES
 from edgeforge.target import Target
@@ -60,6 +61,16 @@ def bundle_readme(target: Target, fields: dict[str, Any]) -> str:
         "Everything here was compiled and emulated on a workstation; nothing has run on a phone.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def deviations(graph: Graph, manifest: Manifest) -> list[str]:
+    """What a reader of the graph should know besides: widths, exceptions to the precision, float islands."""
+    widths = Counter(graph.type(node.output).dtype for node in graph.nodes)
+    lines = ["activations: " + ", ".join(f"{count} {dtype}" for dtype, count in sorted(widths.items()))]
+    lines += [f"not {manifest.precision}: {name} {dtype}" for name, dtype in manifest.exceptions.items()]
+    for name, record in manifest.backends.items():
+        lines += [f"float on {name}: {node}" for node in record.islands]
+    return lines
 
 
 def quantization_report(graph: Graph, fields: dict[str, Any]) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,12 +13,13 @@ import numpy as np
 from edgeforge import backends
 from edgeforge.bundle import Bundle
 from edgeforge.data import Dataset
-from edgeforge.errors import BackendFailed, MissingDependency
+from edgeforge.errors import BackendFailed, InvalidInput, MissingDependency
 from edgeforge.ir.graph import Graph
+from edgeforge.progress import track
 from edgeforge.quantize.convert import with_profile
 from edgeforge.recipe import Bounds
 from edgeforge.sim.evaluate import dequantize_outputs, quantize_feeds, run_float, simulate
-from edgeforge.sim.parity import cosine, parity, sqnr_db
+from edgeforge.sim.parity import NodeParity, cosine, parity, per_node, sqnr_db, trace
 
 BATCH = 16
 
@@ -93,7 +96,7 @@ def _read(
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray] | None]:
     """Input codes and float outputs of all samples; the real inputs are never all in memory."""
     codes, outputs = [], []
-    for batch in data.batches(BATCH):
+    for batch in track(data.batches(BATCH), -(-len(data) // BATCH), "reading"):
         codes.append(quantize_feeds(graph, batch))
         if float_graph is not None:
             outputs.append(run_float(float_graph, batch))
@@ -124,20 +127,26 @@ def _compare(bundle: Bundle, name: str, got: Any, expected: Any, reference: Any,
 
 
 def _metric(bundle: Bundle, got: Any, reference: Any, labels: np.ndarray | None, codes: Any) -> dict[str, Any] | None:
-    kind, output = bundle.recipe.metric, bundle.graph.outputs[0]
-    if kind == "top1" and labels is not None:
-
-        def measure(logits: np.ndarray) -> float:
-            return float((logits[:, bundle.recipe.class_offset :].argmax(1) == labels).mean())
-    elif kind == "perplexity":
+    """The task metric of the artifact and of the float model; top-1 also counts the samples that turned from right to
+    wrong (``lost``) and from wrong to right (``gained``)."""
+    output = bundle.graph.outputs[0]
+    logits = [dequantize_outputs(bundle.graph, got)[output]]
+    if reference is not None:
+        logits.append(reference[output])
+    if bundle.recipe.metric == "top1" and labels is not None:
+        right = [x[:, bundle.recipe.class_offset :].argmax(1) == labels for x in logits]
+        values = [float(r.mean()) for r in right]
+        flips = (
+            {"lost": int((right[1] & ~right[0]).sum()), "gained": int((right[0] & ~right[1]).sum())}
+            if reference
+            else {}
+        )
+    elif bundle.recipe.metric == "perplexity":
         ids = codes[bundle.graph.inputs[0]]
-
-        def measure(logits: np.ndarray) -> float:
-            return perplexity(logits, ids)
+        values, flips = [perplexity(x, ids) for x in logits], {}
     else:
         return None
-    real = dequantize_outputs(bundle.graph, got)[output]
-    return {"name": kind, "value": measure(real), "float": None if reference is None else measure(reference[output])}
+    return {"name": bundle.recipe.metric, "value": values[0], "float": values[1] if reference else None, **flips}
 
 
 def perplexity(logits: np.ndarray, ids: np.ndarray) -> float:
@@ -154,4 +163,37 @@ def _misses(bounds: Bounds, result: Result) -> list[str]:
         bound, value = getattr(bounds, name), getattr(result, name)
         if bound is not None and value is not None and value < bound:
             missed.append(f"{name} {value:.4g} is below the recipe's bound {bound}")
+    metric = result.metric
+    if bounds.metric_drop is not None and metric is not None and metric["float"] is not None:
+        drop = metric_drop(metric)
+        if drop > bounds.metric_drop:
+            missed.append(f"{metric['name']} is {drop:.4g} worse than float, the recipe allows {bounds.metric_drop}")
     return missed
+
+
+def metric_drop(metric: dict[str, Any]) -> float:
+    """How much worse than float: difference of top-1 (0..1), relative growth of perplexity."""
+    if metric["name"] == "perplexity":
+        return metric["value"] / metric["float"] - 1
+    return metric["float"] - metric["value"]
+
+
+def validate_nodes(
+    bundle: Bundle, name: str, samples: int = 1, say: Callable[[str], None] = lambda line: None
+) -> list[NodeParity]:
+    """Parity of every node of one artifact on golden inputs, each node reading the simulator's codes; worst first.
+
+    Raises InvalidInput when the backend was not built, MissingDependency when it does not run here, BackendFailed when
+    it refuses the graph whose edges are cut."""
+    record = bundle.manifest.backends.get(name)
+    if record is None or record.status != "built" or name == "simulator":
+        raise InvalidInput(f"{bundle.path}: no artifact of {name} to take apart -> export with --backend {name}")
+    chosen = backends.backend(name)
+    if why := chosen.cannot_run():
+        raise MissingDependency(f"{name}: {why}")
+    graph = with_profile(bundle.graph, chosen.numerics or bundle.target.numerics)
+    feeds = {key: array[:samples] for key, array in bundle.golden_part("input").items()}
+    say(f"{name}: compiling {len(graph.nodes)} nodes apart")
+    with tempfile.TemporaryDirectory(prefix="edgeforge-") as folder:
+        found = per_node(chosen, Path(folder), graph, bundle.target, trace(graph, feeds))
+    return sorted(found, key=lambda node: (node.identical, -node.max_lsb))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from edgeforge.ir.graph import Graph, Node
@@ -42,70 +44,74 @@ def _moves_nothing(graph: Graph, node: Node) -> bool:
 def hoist_scale(graph: Graph) -> Graph:
     """y = reshape(linear(x, w)); z = mul(y, s)   =>   z = reshape(mul(linear(x, w), s))     s: one number
 
-    Through reshape and transpose, as far as the scale meets the linear that `fuse_batch_norm` folds it into. A rotary
-    embedding takes it into its tables: mul(add(mul(a, cos), mul(b, sin)), s)   =>   add(mul(a, cos * s), ...)"""
-    nodes, values = list(graph.nodes), dict(graph.values)
+    Through reshape, transpose and the first operand of matmul, to the linear that `fuse_batch_norm` folds it into. A
+    rotary embedding takes it into its tables: mul(add(mul(a, cos), mul(b, sin)), s)   =>   add(mul(a, cos * s), ...)"""
     for node in graph.nodes:
         if node.op == "mul":
-            _hoist(graph, nodes, values, node)
-            _rotary(graph, nodes, values, node)
-    return graph.rebuild(nodes, values)
+            graph = _hoist(graph, node)
+    return graph
 
 
-def _hoist(graph: Graph, nodes: list[Node], values: dict[str, Value], node: Node) -> None:
-    scale, name = node.inputs if values[node.inputs[0]].const else node.inputs[::-1]
-    if not values[scale].const or values[scale].type.size != 1 or values[name].const:
-        return
-    producers, users = {n.output: n for n in nodes}, graph.users()
+def _hoist(graph: Graph, node: Node) -> Graph:
+    scale, name = node.inputs if graph.values[node.inputs[0]].const else node.inputs[::-1]
+    data = graph.values[scale].data
+    if data is None or data.size != 1 or graph.type(node.output).shape != graph.type(name).shape:
+        return graph
+    producers, users = graph.producers(), graph.users()
     chain: list[Node] = []
-    while name in producers and len(users.get(name, ())) == 1 and name not in graph.outputs:
+    while name in producers and len(users[name]) == 1 and name not in graph.outputs:
         made = producers[name]
-        if made.op not in ("reshape", "transpose"):
+        if made.op in ("linear", "conv2d") and "clamp" not in made.attrs and chain:
+            return _scaled_by(graph, node, chain, Node("mul", (name, scale), f"{name}.scaled", {}, node.source))
+        if terms := _rotary(graph, made, producers, users):
+            return _scaled_tables(graph, node, terms, float(data.reshape(())))
+        if made.op not in ("reshape", "transpose", "matmul"):
             break
         chain.append(made)
         name = made.inputs[0]
-    made = producers.get(name)
-    ready = made is not None and made.op in ("linear", "conv2d") and "clamp" not in made.attrs
-    if not chain or not ready or len(users.get(name, ())) != 1 or name in graph.outputs:
-        return
-    if len(values[scale].type.shape) > len(values[name].type.shape):
-        return
-    scaled = f"{name}.scaled"
-    values[scaled] = Value(scaled, values[name].type)
-    moved = [Node("mul", (name, scale), scaled, {}, node.source)]
-    for step in reversed(chain):
-        output = node.output if step is chain[0] else step.output
-        source = scaled if step is chain[-1] else step.inputs[0]
-        moved.append(Node(step.op, (source,), output, step.attrs, step.source))
-    position = nodes.index(node)
-    nodes[position : position + 1] = moved
-    for step in chain:
-        nodes.remove(step)
+    return graph
 
 
-def _rotary(graph: Graph, nodes: list[Node], values: dict[str, Value], node: Node) -> None:
-    scale, name = node.inputs if values[node.inputs[0]].const else node.inputs[::-1]
-    if node not in nodes or not values[scale].const or values[scale].type.size != 1 or values[name].const:
-        return
-    producers, users = {n.output: n for n in nodes}, graph.users()
-    total = producers.get(name)
-    terms = [producers.get(n) for n in total.inputs] if total is not None and total.op == "add" else []
-    if not terms or "clamp" in total.attrs or values[name].type.shape != values[node.output].type.shape:
-        return
-    names = [name, *total.inputs]
-    if any(len(users.get(n, ())) != 1 or n in graph.outputs for n in names) or len(set(names)) != 3:
-        return
-    if not all(term is not None and term.op == "mul" and any(values[n].const for n in term.inputs) for term in terms):
-        return
+def _scaled_by(graph: Graph, node: Node, chain: list[Node], scaled: Node) -> Graph:
+    """``scaled`` goes before the chain of moves, whose last then gives what ``node`` gave."""
+    values = {**graph.values, scaled.output: Value(scaled.output, graph.type(scaled.inputs[0]))}
+    nodes = []
+    for step in graph.nodes:
+        if step is chain[-1]:
+            nodes.append(scaled)
+            step = replace(step, inputs=(scaled.output, *step.inputs[1:]))
+        nodes.append(step)
+    return _without(graph.rebuild(nodes, values), node)
+
+
+def _without(graph: Graph, node: Node) -> Graph:
+    """``node`` (a product with a number that has moved elsewhere) vanishes; its input's producer takes its name."""
+    before = next(n for n in node.inputs if not graph.values[n].const)
+    nodes = [
+        replace(n, output=node.output) if n.output == before else n for n in graph.nodes if n.output != node.output
+    ]
+    return graph.rebuild(nodes)
+
+
+def _rotary(graph: Graph, total: Node, producers: dict[str, Node], users: dict[str, list[Node]]) -> list[Node]:
+    """The two products of add(mul(a, cos), mul(b, sin)) with constant tables, if ``total`` is such a sum."""
+    if total.op != "add" or "clamp" in total.attrs or len(set(total.inputs)) != 2:
+        return []
+    terms = [producers[n] for n in total.inputs if n in producers and len(users[n]) == 1 and n not in graph.outputs]
+    tables = [t for t in terms if t.op == "mul" and any(graph.values[n].const for n in t.inputs)]
+    return tables if len(tables) == 2 else []
+
+
+def _scaled_tables(graph: Graph, node: Node, terms: list[Node], scale: float) -> Graph:
+    values, changed = dict(graph.values), {}
     for term in terms:
         table = next(n for n in term.inputs if values[n].const)
-        data = values[table].data * values[scale].data.reshape(())
+        data = values[table].data
+        assert data is not None
         made = f"{term.output}.table"
-        values[made] = Value(made, TensorType(data.shape), data.astype(np.float32))
-        inputs = tuple(made if n == table else n for n in term.inputs)
-        nodes[nodes.index(term)] = Node("mul", inputs, term.output, term.attrs, term.source)
-    nodes[nodes.index(node)] = Node("add", total.inputs, node.output, total.attrs, total.source)
-    nodes.remove(total)
+        values[made] = Value(made, TensorType(data.shape), data * np.float32(scale))
+        changed[term.output] = replace(term, inputs=tuple(made if n == table else n for n in term.inputs))
+    return _without(graph.rebuild([changed.get(n.output, n) for n in graph.nodes], values), node)
 
 
 def bound_masks(graph: Graph) -> Graph:

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from edgeforge.ir.graph import Graph
+from edgeforge.ir.graph import Graph, Node
+from edgeforge.ir.rules import RULES
 from edgeforge.ir.types import Value
 from edgeforge.sim.evaluate import simulate
 
@@ -19,10 +20,13 @@ Arrays = Mapping[str, np.ndarray]
 @dataclass(frozen=True)
 class NodeParity:
     """Agreement of one node's output codes when both runs read the reference's codes. identical: share, 0..1;
-    max_lsb: largest difference in output codes; bias_lsb: mean signed difference (run - reference)."""
+    max_lsb: largest difference in output codes; bias_lsb: mean signed difference (run - reference). rule, status: the
+    rounding rule of the reference ("move": no rounding), and whether it is exact, bounded or unverified."""
 
     node: str
     op: str
+    rule: str
+    status: str
     source: str
     identical: float
     max_lsb: int
@@ -108,12 +112,11 @@ def per_node(backend: Runner, folder: Path, graph: Graph, target: Any, codes: Ar
     cut = explode(graph)
     backend.compile(cut, target, folder)
     outputs = backend.run(folder, cut, target, exploded_feeds(graph, codes))
-    return [
-        _compare(node.output, node.op, node.source, outputs[node.output], codes[node.output]) for node in graph.nodes
-    ]
+    return [_compare(node, outputs[node.output], codes[node.output]) for node in graph.nodes]
 
 
-def _compare(name: str, op: str, source: str, found: np.ndarray, expected: np.ndarray) -> NodeParity:
+def _compare(node: Node, found: np.ndarray, expected: np.ndarray) -> NodeParity:
     identical, worst = parity(found, expected)
     bias = float((found.astype(np.int64) - expected.astype(np.int64)).mean())
-    return NodeParity(name, op, source, identical, worst, bias)
+    status = RULES[node.rule].status if node.rule else "exact"
+    return NodeParity(node.output, node.op, node.rule or "move", status, node.source, identical, worst, bias)

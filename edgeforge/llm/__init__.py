@@ -1,0 +1,1 @@
+"""Language models: text out of a bundle."""
