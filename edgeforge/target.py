@@ -53,6 +53,23 @@ def _known_profile(name: str) -> str:
     return name
 
 
+class Latency(Closed):
+    """Parameters of the latency model, written by `edgeforge calibrate`.
+
+    rates: precision -> term -> microseconds per unit (units: edgeforge/estimate/work.py), fitted over many chips.
+    factors: what a chip's times are multiplied by: {"all": {"all": f}, "group": ..., "precision": ..., "term": ...}.
+    interval: factor of the 80 % interval (x / factor to x * factor) "calibrated", "uncalibrated" (no factors) and
+    "few" (factors from a few measurements). llm: rates of decoder language models. fit, calibration: where rates and
+    factors come from, with their residuals."""
+
+    rates: dict[str, dict[str, float]] = Field(default_factory=dict)
+    factors: dict[str, dict[str, float]] = Field(default_factory=dict)
+    interval: dict[str, float] = Field(default_factory=dict)
+    llm: dict[str, float] = Field(default_factory=dict)
+    fit: dict[str, str | float] = Field(default_factory=dict)
+    calibration: dict[str, str | float] = Field(default_factory=dict)
+
+
 class Target(Closed):
     """A chip or a runtime. ``ops`` lists activation widths per op where they differ from ``activations``;
     ``encodings`` are forced output encodings per op and width; ``second_operand_zero`` is the zero point that the
@@ -76,6 +93,7 @@ class Target(Closed):
     devices: tuple[str, ...] = ()
     source: str = ""
     figures: dict[str, Figure] = Field(default_factory=dict)
+    latency: Latency | None = None
 
 
 def names() -> list[str]:
@@ -94,16 +112,28 @@ def load_target(name: str) -> Target:
 
 
 def _resolved(path: Path) -> Target:
-    """The target in ``path`` on top of its base (``bases/<base>.yaml`` beside the catalogue), and that one's base.
-    The nearer file wins; `figures` are merged."""
+    return _validated(path, _merged(path), Target)
+
+
+def _merged(path: Path) -> dict[str, Any]:
+    """The mapping in ``path`` on top of its base (``bases/<base>.yaml`` beside the catalogue), and that one's base.
+    The nearer file wins; the entries of `figures` and `latency` are merged. ``latency_of`` names the target that has
+    the same silicon under another name."""
     raw = _mapping(path)
+    if other := raw.pop("latency_of", None):
+        raw["latency"] = _merged(folder("targets") / f"{other}.yaml")["latency"] | raw.get("latency", {})
     while base := raw.pop("base", None):
         file = folder("targets") / "bases" / f"{base}.yaml"
         if not file.is_file():
             raise InvalidInput(f"{path.name}: unknown base {base!r} -> one of {', '.join(_bases())}")
         below = _mapping(file)
-        raw = {**below, **raw, "figures": {**below.get("figures", {}), **raw.get("figures", {})}}
-    return _validated(path, raw, Target)
+        nested = {
+            key: {**below.get(key, {}), **raw.get(key, {})}
+            for key in ("figures", "latency")
+            if key in below or key in raw
+        }
+        raw = {**below, **raw, **nested}
+    return raw
 
 
 def _bases() -> list[str]:

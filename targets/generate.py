@@ -21,7 +21,8 @@ EXECUTORCH = "ExecuTorch 1.5.1 backends/qualcomm/serialization/qc_schema.py"
 @dataclass(frozen=True)
 class Chip:
     """soc: part number. model: QNN soc_model. hexagon: generation. vtcm: MB, where ExecuTorch names the chip;
-    bandwidth: peak DRAM GB/s and its source."""
+    bandwidth: peak DRAM GB/s and its source;
+    same_as: the target with the same silicon (their hosted measurements are shared)."""
 
     name: str
     title: str
@@ -36,6 +37,7 @@ class Chip:
     vtcm: int | None = None
     executorch: bool = False
     bandwidth: tuple[float, str] | None = None
+    same_as: str = ""
 
 
 def galaxy(*names: str) -> tuple[str, ...]:
@@ -110,14 +112,14 @@ CHIPS = (
         "qcs6490", "Qualcomm Dragonwing QCS6490", "QCS6490", 93, 68, "IoT", ("Dragonwing RB3 Gen 2 Vision Kit",),
         ("QCM6490",), fp16=False, vtcm=2,
     ),
-    Chip("qcs7181", "Qualcomm Dragonwing IQ-X7181", "QCS7181", 60, 73, "IoT", ("Dragonwing IQ-X7181",)),
+    Chip("qcs7181", "Qualcomm Dragonwing IQ-X7181", "QCS7181", 60, 73, "IoT", ("Dragonwing IQ-X7181",), same_as="snapdragon-x-elite"),
     Chip("qcs7790", "Qualcomm Dragonwing Q-7790", "QCS7790", 86, 73, "IoT", ("Dragonwing Q-7790",)),
     Chip("qcs8275", "Qualcomm Dragonwing IQ-8275", "QCS8275", 82, 75, "IoT", ("Arduino VENTUNO Q",)),
-    Chip("qcs8450", "Qualcomm QCS8450", "QCS8450", 36, 69, "XR", ("Snapdragon XR2 Gen 2",)),
+    Chip("qcs8450", "Qualcomm QCS8450", "QCS8450", 36, 69, "XR", ("Snapdragon XR2 Gen 2",), same_as="snapdragon-8-gen-1"),
     Chip(
         "qcs8550", "Qualcomm Dragonwing QCS8550", "QCS8550", 43, 73, "IoT", ("QCS8550 (Proxy)",), ("QCS8550 Proxy",)
     ),
-    Chip("qcs8750", "Qualcomm Dragonwing Q-8750", "QCS8750", 69, 79, "IoT", ("Dragonwing Q-8750",)),
+    Chip("qcs8750", "Qualcomm Dragonwing Q-8750", "QCS8750", 69, 79, "IoT", ("Dragonwing Q-8750",), same_as="snapdragon-8-elite"),
     Chip("qcs9075", "Qualcomm Dragonwing IQ-9075", "QCS9075", 77, 73, "IoT", ("Dragonwing IQ-9075 EVK",), vtcm=8),
     Chip("sa7255p", "Qualcomm SA7255P", "SA7255P", 67, 75, "automotive", ("SA7255P ADP",)),
     Chip("sa8255p", "Qualcomm SA8255P", "SA8255P", 52, 73, "automotive", ("SA8255P ADP",), vtcm=8),
@@ -163,6 +165,8 @@ def document(chip: Chip) -> dict[str, Any]:
         found["fp16"] = True
     if chip.sharing is not None:
         found["weight_sharing"] = chip.sharing
+    if chip.same_as:
+        found["latency_of"] = chip.same_as
     figures = {}
     if chip.vtcm:
         figures["vtcm"] = {"value": chip.vtcm, "unit": "MB", "source": EXECUTORCH}

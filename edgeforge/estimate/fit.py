@@ -265,3 +265,30 @@ def _relative(samples: Samples, rows: Measured, fit: Fit) -> Array:
     for i, values in found.items():
         out[i] = np.median(values)
     return out
+
+
+# ---------------------------------------------------------------------------------------------------------- decoders
+
+DECODER_SPREAD = {"base": 0.7, "chip": 0.35}
+
+
+def fit_decoders(amounts: Array, log_us: Array, chips: Array, start: Array, steps: int = 30) -> dict[str, Array]:
+    """Log rates [terms] per chip (and of a typical one, "") for sums of amounts [n, terms] times rates."""
+    names = sorted(set(chips))
+    k = len(start)
+    theta = np.zeros((1 + len(names), k))
+    prior = np.concatenate([np.full(k, DECODER_SPREAD["base"]), np.full(k * len(names), DECODER_SPREAD["chip"])])
+    which = np.searchsorted(names, chips)
+    for _ in range(steps):
+        parts = amounts * np.exp(start + theta[0] + theta[1 + which])
+        total = parts.sum(1)
+        share = parts / total[:, None]
+        jacobian = np.zeros((len(log_us), theta.size))
+        jacobian[:, :k] = share
+        for c in range(len(names)):
+            jacobian[which == c, k * (c + 1) : k * (c + 2)] = share[which == c]
+        step = _step(jacobian, log_us - np.log(total), 1.0, CAUCHY, theta.ravel(), prior)
+        theta += np.clip(step, -0.5, 0.5).reshape(theta.shape)
+        if np.abs(step).max() < 1e-3:
+            break
+    return {"": start + theta[0], **{name: start + theta[0] + theta[1 + c] for c, name in enumerate(names)}}
