@@ -175,7 +175,7 @@ def decoder_rows() -> tuple[Array, Array, dict[str, Array], dict[str, Array]]:
     times: dict[str, list[float]] = {"decode": [], "chunk": []}
     for row in records():
         wanted = row["runtime"] == "geniex_qairt" and row["precision"] == "w4a16" and row["model_id"] in DECODERS
-        if not wanted or row["duplicate_of_reference_chip"] != "0" or not row["tokens_per_second"]:
+        if not wanted or row["duplicate_of_reference_chip"] != "0" or not float(row["tokens_per_second"] or 0):
             continue
         model, architecture = DECODERS[row["model_id"]]
         found = amounts(model, int(float(row["context_length"])))
