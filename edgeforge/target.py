@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import re
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -51,10 +53,29 @@ def _known_profile(name: str) -> str:
     return name
 
 
+class Latency(Closed):
+    """Parameters of the latency model, written by `edgeforge calibrate`.
+
+    rates: precision -> term -> microseconds per unit (units: edgeforge/estimate/work.py), fitted over many chips.
+    factors: what a chip's times are multiplied by: {"all": {"all": f}, "group": ..., "precision": ..., "term": ...}.
+    interval: factor of the 80 % interval (x / factor to x * factor) "calibrated", "uncalibrated" (no factors) and
+    "few" (factors from a few measurements). llm: rates of decoder language models. fit, calibration: where rates and
+    factors come from, with their residuals."""
+
+    rates: dict[str, dict[str, float]] = Field(default_factory=dict)
+    factors: dict[str, dict[str, float]] = Field(default_factory=dict)
+    interval: dict[str, float] = Field(default_factory=dict)
+    llm: dict[str, float] = Field(default_factory=dict)
+    fit: dict[str, str | float] = Field(default_factory=dict)
+    calibration: dict[str, str | float] = Field(default_factory=dict)
+
+
 class Target(Closed):
     """A chip or a runtime. ``ops`` lists activation widths per op where they differ from ``activations``;
     ``encodings`` are forced output encodings per op and width; ``second_operand_zero`` is the zero point that the
-    uint8 second operand of an activation matmul must have."""
+    uint8 second operand of an activation matmul must have; ``weight_sharing``: graphs of one context binary can share
+    weights. ``aliases`` (part numbers, marketing names) and ``devices`` can be used in place of the name; ``source``
+    says where these identifiers come from."""
 
     name: str
     description: str
@@ -66,7 +87,13 @@ class Target(Closed):
     second_operand_zero: int | None = None
     max_rank: int = 5
     unsupported: dict[str, str] = Field(default_factory=dict)
+    fp16: bool = False
+    weight_sharing: bool = False
+    aliases: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
+    source: str = ""
     figures: dict[str, Figure] = Field(default_factory=dict)
+    latency: Latency | None = None
 
 
 def names() -> list[str]:
@@ -75,22 +102,92 @@ def names() -> list[str]:
 
 
 def load_target(name: str) -> Target:
-    """Read ``name`` from the catalogue, or a path to a YAML file. Raises InvalidInput with the nearest names."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else folder("targets") / f"{name}.yaml"
-    if not path.is_file():
-        near = difflib.get_close_matches(name, names(), 3, 0.4) or names()
-        raise InvalidInput(f"unknown target {name!r} -> did you mean {', '.join(near)}? (edgeforge targets lists all)")
-    return read_yaml(path, Target)
+    """Read a target by its name, part number, marketing name or device ("Galaxy S24"), or a path to a YAML file.
+
+    Raises InvalidInput with the nearest names."""
+    if name.endswith((".yaml", ".yml")) and Path(name).is_file():
+        return _resolved(Path(name))
+    path = folder("targets") / f"{name}.yaml"
+    return _resolved(path) if path.is_file() else _resolved(folder("targets") / f"{_lookup(name)}.yaml")
+
+
+def _resolved(path: Path) -> Target:
+    return _validated(path, _merged(path), Target)
+
+
+def _merged(path: Path) -> dict[str, Any]:
+    """The mapping in ``path`` on top of its base (``bases/<base>.yaml`` beside the catalogue), and that one's base.
+    The nearer file wins; the entries of `figures` and `latency` are merged. ``latency_of`` names the target that has
+    the same silicon under another name."""
+    raw = _mapping(path)
+    if other := raw.pop("latency_of", None):
+        raw["latency"] = _merged(folder("targets") / f"{other}.yaml")["latency"] | raw.get("latency", {})
+    while base := raw.pop("base", None):
+        file = folder("targets") / "bases" / f"{base}.yaml"
+        if not file.is_file():
+            raise InvalidInput(f"{path.name}: unknown base {base!r} -> one of {', '.join(_bases())}")
+        below = _mapping(file)
+        nested = {
+            key: {**below.get(key, {}), **raw.get(key, {})}
+            for key in ("figures", "latency")
+            if key in below or key in raw
+        }
+        raw = {**below, **raw, **nested}
+    return raw
+
+
+def _bases() -> list[str]:
+    return sorted(path.stem for path in (folder("targets") / "bases").glob("*.yaml"))
+
+
+def plain(name: str) -> str:
+    """A name without maker, case, spaces and punctuation: "Samsung Galaxy S24+" -> "galaxys24plus"."""
+    words = re.sub(r"[^a-z0-9]+", " ", name.lower().replace("+", " plus ")).split()
+    return "".join(word for word in words if word not in ("qualcomm", "samsung", "google", "5g"))
+
+
+@functools.cache
+def _index() -> dict[str, str]:
+    """Every plain name, alias and device -> target."""
+    found: dict[str, str] = {}
+    for name in names():
+        raw = _mapping(folder("targets") / f"{name}.yaml")
+        part = raw.get("soc", {}).get("name", name)
+        for known in (name, part, *raw.get("aliases", ()), *raw.get("devices", ())):
+            found.setdefault(plain(known), name)
+    return found
+
+
+def _lookup(name: str) -> str:
+    """The target that ``name`` means."""
+    index, asked = _index(), plain(name)
+    if asked in index:
+        return index[asked]
+    near = [index[key] for key in difflib.get_close_matches(asked, index, 3, 0.6)]
+    raise InvalidInput(
+        f"unknown target {name!r} -> did you mean {', '.join(dict.fromkeys(near or names()))}?"
+        " (edgeforge targets lists all)"
+    )
 
 
 def read_yaml(path: Path, kind: type[T]) -> T:
     """A YAML file as ``kind``; raises InvalidInput listing every wrong key at once."""
+    return _validated(path, _mapping(path), kind)
+
+
+def _validated(path: Path, raw: Any, kind: type[T]) -> T:
     try:
-        raw = yaml.safe_load(path.read_text())
-        return kind.model_validate(raw if raw is not None else {})
+        return kind.model_validate(raw)
     except ValidationError as error:
         lines = "\n".join(f"  {'.'.join(map(str, e['loc'])) or '(top)'}: {e['msg']}" for e in error.errors())
         raise InvalidInput(f"{path.name}: {error.error_count()} problem(s):\n{lines}") from None
+
+
+def _mapping(path: Path) -> Any:
+    """The YAML document of a file; an empty file is an empty mapping."""
+    try:
+        raw = yaml.safe_load(path.read_text())
+        return raw if raw is not None else {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InvalidInput(f"{path.name} is not YAML: {error}") from None
     except OSError as error:

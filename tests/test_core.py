@@ -170,7 +170,7 @@ def test_every_range_estimator_stays_inside_the_data(method: str) -> None:
 
 def test_an_unknown_target_suggests_the_nearest() -> None:
     with pytest.raises(InvalidInput, match="did you mean snapdragon-8-gen-3"):
-        load_target("snapdragon-8gen3")
+        load_target("snapdragon-8-gen-33")
 
 
 @settings(max_examples=60, deadline=None)

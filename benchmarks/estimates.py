@@ -1,0 +1,304 @@
+"""How far estimates are from measurements on hosted devices: ``python -m benchmarks.estimates [--write]``.
+
+Every figure is held out: the model (or its family, or the chip) that is predicted was not in the fit. Every (model,
+precision) counts the same, however many chips measured it. --write puts the fit into targets/."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from datetime import date
+
+import numpy as np
+
+from benchmarks.decoders import DECODERS
+from benchmarks.measurements import DATA, Hub, chip_name, load, records, usable
+from benchmarks.workloads import MODELS
+from edgeforge.estimate.calibrate import factors_of, write_latency
+from edgeforge.estimate.decoder import START, amounts
+from edgeforge.estimate.fit import NAMES, Fit, Measured, chip_rates, fit_all, fit_chip, fit_decoders, predict
+from edgeforge.estimate.memory import peak_mb
+from edgeforge.estimate.work import PRECISIONS, TERMS
+from edgeforge.resources import folder
+
+Array = np.ndarray
+
+
+def on_chips(hub: Hub, fit: Fit, rows: Measured) -> Array:
+    """Predicted log microseconds of each row."""
+    out = np.zeros(len(rows.sample))
+    for name in set(rows.chip):
+        mine = rows.chip == name
+        picked = hub.samples.pick(rows.sample[mine])
+        out[mine] = predict(picked, chip_rates(fit.base, fit.chips[name], picked.precision))[0]
+    return out
+
+
+def held_out(hub: Hub, fit: Fit, groups: Array) -> Array:
+    """log error of every row, from a fit without the rows' group."""
+    error = np.zeros(len(hub.rows.sample))
+    for group in sorted(set(groups)):
+        out = (groups == group)[hub.rows.sample]
+        without = fit_all(hub.samples, hub.rows.pick(~out), fit, rounds=1, steps=5)
+        error[out] = on_chips(hub, without, hub.rows.pick(out)) - hub.rows.log_us[out]
+    return error
+
+
+def weights(hub: Hub, rows: Measured) -> Array:
+    return 1 / np.bincount(rows.sample, minlength=len(hub.keys))[rows.sample]
+
+
+def quantile(values: Array, weight: Array, share: float) -> float:
+    order = np.argsort(values)
+    reached = np.cumsum(weight[order]) / weight.sum()
+    return float(values[order][np.searchsorted(reached, share)])
+
+
+def table(title: str, hub: Hub, error: Array, rows: Measured) -> None:
+    print(f"\n{title}\n  {'precision':10s} {'n':>4s} {'rows':>5s}  median error   within 10 / 20 / 30 %")
+    precision, weight = hub.samples.precision[rows.sample], weights(hub, rows)
+    absolute = np.abs(np.expm1(error))
+    for p in (*range(len(NAMES)), None):
+        mask = np.ones(len(error), bool) if p is None else precision == p
+        a, w = absolute[mask], weight[mask]
+        within = " / ".join(f"{100 * w[a <= limit].sum() / w.sum():.0f}" for limit in (0.1, 0.2, 0.3))
+        name = "all" if p is None else NAMES[p]
+        n = len(set(rows.sample[mask]))
+        print(f"  {name:10s} {n:4d} {mask.sum():5d}  {100 * quantile(a, w, 0.5):9.1f} %   {within}")
+
+
+def families(hub: Hub, error: Array) -> None:
+    print("\nBy family (leave one model out): median error, n = models x precisions")
+    family = hub.families[hub.rows.sample]
+    for name in sorted(set(family)):
+        mask = family == name
+        n = len(set(hub.rows.sample[mask]))
+        print(f"  {name:16s} {100 * np.median(np.abs(np.expm1(error[mask]))):6.1f} %  n {n}")
+
+
+def ranks(values: Array) -> Array:
+    return np.argsort(np.argsort(values)).astype(float)
+
+
+def spearman(hub: Hub, error: Array) -> None:
+    found = []
+    precision = hub.samples.precision[hub.rows.sample]
+    for chip in sorted(set(hub.rows.chip)):
+        for p in range(len(NAMES)):
+            mask = (hub.rows.chip == chip) & (precision == p)
+            if mask.sum() >= 10:
+                truth = hub.rows.log_us[mask]
+                found.append(float(np.corrcoef(ranks(truth), ranks(truth + error[mask]))[0, 1]))
+    print(f"\nSpearman within a chip and precision: median {np.median(found):.3f}, lowest {min(found):.3f}, n {len(found)}")
+
+
+def faster(hub: Hub, error: Array) -> None:
+    """float or w8a8, on the same chip."""
+    index = {(hub.keys[s], c): i for i, (s, c) in enumerate(zip(hub.rows.sample, hub.rows.chip, strict=True))}
+    right = always = n = 0
+    for (key, chip), i in index.items():
+        j = index.get(((key[0], "w8a8"), chip))
+        if key[1] != "float" or j is None:
+            continue
+        truth = hub.rows.log_us[i] > hub.rows.log_us[j]
+        guess = hub.rows.log_us[i] + error[i] > hub.rows.log_us[j] + error[j]
+        right, always, n = right + (truth == guess), always + bool(truth), n + 1
+    print(f"\nWhich of float and w8a8 is faster: right in {100 * right / n:.1f} %; always w8a8: {100 * always / n:.1f} %; n {n}")
+
+
+def coverage(hub: Hub, error: Array) -> float:
+    """The 80 % factor, and how it covers models that did not choose it (two halves of the models, 50 splits)."""
+    weight, models = weights(hub, hub.rows), hub.models[hub.rows.sample]
+    names, draw, shares, factors = sorted(set(models)), np.random.default_rng(0), [], []
+    for _ in range(50):
+        half = set(draw.permutation(names)[: len(names) // 2])
+        mine = np.array([model in half for model in models])
+        limit = quantile(np.abs(error[mine]), weight[mine], 0.8)
+        factors.append(np.exp(limit))
+        shares.append((weight[~mine] * (np.abs(error[~mine]) <= limit)).sum() / weight[~mine].sum())
+    low, high = np.quantile(shares, (0.1, 0.9))
+    print(
+        f"80 % interval: mean factor {np.mean(factors):.2f}, coverage {100 * np.mean(shares):.0f} %"
+        f" (10th to 90th percentile of splits: {100 * low:.0f} to {100 * high:.0f})"
+    )
+    return float(np.exp(quantile(np.abs(error), weight, 0.8)))
+
+
+def new_chip(hub: Hub, points: int = 10) -> tuple[float, float]:
+    """Each chip in turn: no measurements, ``points`` models; predicted models are new, or measured on another chip.
+    Returns the 80 % factors without and with calibration."""
+    draw, models = np.random.default_rng(1), hub.models
+    blind, fresh, carried, kept = [], [], [], []
+    for chip in sorted(set(hub.rows.chip)):
+        mine = hub.rows.chip == chip
+        elsewhere = fit_all(hub.samples, hub.rows.pick(~mine))
+        here = hub.rows.pick(mine & np.isfinite(elsewhere.residual)[hub.rows.sample])
+        names = sorted(set(models[here.sample]))
+        for fold in np.array_split(draw.permutation(names), 5):
+            test = np.isin(models[here.sample], fold)
+            rest = draw.permutation([name for name in names if name not in set(fold)])[:points]
+            train = here.pick(np.isin(models[here.sample], rest))
+            aside = np.isin(models, fold)[hub.rows.sample]
+            without = fit_all(hub.samples, hub.rows.pick(~mine & ~aside), elsewhere, rounds=1, steps=5)
+            picked, goal = hub.samples.pick(train.sample), hub.samples.pick(here.sample[test])
+            center = without.center()
+            factors = fit_chip(picked, train.log_us, without.base, without.residual[train.sample], center)
+            at = predict(goal, chip_rates(without.base, factors, goal.precision))[0]
+            fresh.append(at - here.log_us[test])
+            blind.append(predict(goal, chip_rates(without.base, center, goal.precision))[0] - here.log_us[test])
+            factors = fit_chip(picked, train.log_us, elsewhere.base, elsewhere.residual[train.sample], elsewhere.center())
+            at = predict(goal, chip_rates(elsewhere.base, factors, goal.precision))[0]
+            carried.append(at + elsewhere.residual[here.sample[test]] - here.log_us[test])
+            kept.append(here.pick(test))
+    rows = Measured(*(np.concatenate([getattr(part, name) for part in kept]) for name in ("sample", "chip", "log_us")))
+    for title, error in (
+        ("A chip without measurements", blind),
+        (f"A new chip with {points} calibration models, new models", fresh),
+        (f"A new chip with {points} calibration models, models measured on another chip", carried),
+    ):
+        table(title, hub, np.concatenate(error), rows)
+    weight = weights(hub, rows)
+    return (
+        float(np.exp(quantile(np.abs(np.concatenate(blind)), weight, 0.8))),
+        float(np.exp(quantile(np.abs(np.concatenate(fresh)), weight, 0.8))),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- decoders
+
+DECODE, CHUNK = ([term for term in START if term.startswith(part)] for part in ("decode", "chunk"))
+
+
+def decoder_rows() -> tuple[Array, Array, dict[str, Array], dict[str, Array]]:
+    """Chips and architectures of the QAIRT w4a16 rows, amounts and log microseconds of decode and chunk."""
+    chips, architectures, seen = [], [], {"decode": [], "chunk": []}
+    times: dict[str, list[float]] = {"decode": [], "chunk": []}
+    for row in records():
+        wanted = row["runtime"] == "geniex_qairt" and row["precision"] == "w4a16" and row["model_id"] in DECODERS
+        if not wanted or row["duplicate_of_reference_chip"] != "0" or not float(row["tokens_per_second"] or 0):
+            continue
+        model, architecture = DECODERS[row["model_id"]]
+        found = amounts(model, int(float(row["context_length"])))
+        chips.append(chip_name(row["chipset"]))
+        architectures.append(architecture)
+        seen["decode"].append([found[term] for term in DECODE])
+        seen["chunk"].append([found[term] for term in CHUNK])
+        times["decode"].append(np.log(1e6 / float(row["tokens_per_second"])))
+        times["chunk"].append(np.log(1e3 * float(row["ttft_min_ms"])))
+    return (
+        np.array(chips),
+        np.array(architectures),
+        {part: np.array(values) for part, values in seen.items()},
+        {part: np.array(values) for part, values in times.items()},
+    )
+
+
+def decoders() -> tuple[dict[str, dict[str, float]], float]:
+    """Leave-one-architecture-out errors; returns the rates per chip ("" is a typical one) and the 80 % factor."""
+    chips, architectures, seen, times = decoder_rows()
+    rates: dict[str, dict[str, float]] = {}
+    factor = 1.0
+    print(f"\nLanguage models (QAIRT w4a16), unseen architecture, n {len(chips)} rows, {len(set(architectures))} architectures")
+    for part, terms in (("decode", DECODE), ("chunk", CHUNK)):
+        start = np.log([START[term] for term in terms])
+        error = np.zeros(len(chips))
+        for name in sorted(set(architectures)):
+            out = architectures == name
+            fit = fit_decoders(seen[part][~out], times[part][~out], chips[~out], start)
+            rate = np.array([fit.get(chip, fit[""]) for chip in chips[out]])
+            error[out] = np.log((seen[part][out] * np.exp(rate)).sum(1)) - times[part][out]
+        absolute = np.abs(np.expm1(error))
+        label = {"decode": "decode", "chunk": "first chunk"}[part]
+        print(f"  {label:12s} median error {100 * np.median(absolute):.1f} %, 80th percentile {100 * np.quantile(absolute, 0.8):.1f} %")
+        factor = max(factor, float(np.exp(np.quantile(np.abs(error), 0.8))))
+        for chip, log_rates in fit_decoders(seen[part], times[part], chips, start).items():
+            rates.setdefault(chip, {}).update(zip(terms, (float(f"{r:.4g}") for r in np.exp(log_rates)), strict=True))
+    return rates, factor
+
+
+# ------------------------------------------------------------------------------------------------------------ memory
+
+
+def memory() -> None:
+    found: dict[str, list[float]] = {}
+    programs = {key: workload.build() for key, workload in MODELS.items()}
+    for row in records():
+        key = (row["model_id"], row["component"])
+        if key in programs and usable(row) and row["precision"] in NAMES and row["world"] == "Mobile":
+            value = peak_mb(programs[key], PRECISIONS[row["precision"]])
+            found.setdefault(chip_name(row["chipset"]), []).append(abs(value / max(float(row["peak_mem_max_mb"]), 1) - 1))
+    print("\nPeak memory (phones): median error")
+    for chip, errors in sorted(found.items()):
+        print(f"  {chip:26s} {100 * np.median(errors):5.1f} %  n {len(errors)}")
+
+
+def write(hub: Hub, fit: Fit, interval: dict[str, float], llm: dict[str, dict[str, float]]) -> None:
+    """The fit into targets/bases/hexagon.yaml and the measured chips' files."""
+    at = {name: {t: float(f"{r:.4g}") for t, r in zip(TERMS, np.exp(row), strict=True)} for name, row in zip(NAMES, fit.base, strict=True)}
+    residual = np.abs(np.expm1(fit.residual[np.isfinite(fit.residual)]))
+    source = "qai-hub-models 0.65.0 perf.yaml, runtime qnn_dlc, QAIRT 2.50"
+    about = {
+        "source": source, "date": date.today().isoformat(), "workloads": len(hub.keys), "rows": len(hub.rows.sample),
+        "median_residual": round(float(np.median(residual)), 4), "p80_residual": round(float(np.quantile(residual, 0.8)), 4),
+    }  # fmt: skip
+    base = folder("targets") / "bases" / "hexagon.yaml"
+    rounded = {name: round(factor, 2) for name, factor in interval.items()}
+    write_latency(base, {"rates": at, "interval": rounded, "llm": llm[""], "fit": about})
+    for chip, factors in fit.chips.items():
+        mine = hub.rows.pick(hub.rows.chip == chip)
+        error = on_chips(hub, fit, mine) - mine.log_us
+        carried = np.abs(np.expm1(error + fit.residual[mine.sample]))
+        block = {
+            "factors": factors_of(factors),
+            "calibration": {
+                "source": source, "date": date.today().isoformat(), "workloads": len(mine.sample),
+                "median_error_after": round(float(np.median(np.abs(np.expm1(error)))), 4),
+                "median_residual_of_chip": round(float(np.median(carried)), 4),
+            },
+        }  # fmt: skip
+        if chip in llm:
+            block["llm"] = llm[chip]
+        write_latency(folder("targets") / f"{chip}.yaml", block)
+    print(f"\nwritten: {base.name} and {len(fit.chips)} chips")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="put the fit into targets/")
+    parser.add_argument("--details", action="store_true", help="print measured and estimated per workload")
+    options = parser.parse_args()
+    if not DATA.is_file():
+        raise SystemExit(f"{DATA} is absent -> set EDGEFORGE_DATA")
+    hub = load()
+    print(f"{len(hub.keys)} workloads (model x precision) of {len(set(hub.models))} models, {len(hub.rows.sample)} rows")
+    print("not rebuilt: " + ", ".join(f"{m} {c} ({n} rows)" for (m, c), n in sorted(hub.missing.items())))
+    fit = fit_all(hub.samples, hub.rows)
+    table("In the fit (no bar, for comparison)", hub, on_chips(hub, fit, hub.rows) - hub.rows.log_us, hub.rows)
+    one = held_out(hub, fit, hub.models)
+    table("Leave one model out", hub, one, hub.rows)
+    if options.details:
+        details(hub, one)
+    families(hub, one)
+    spearman(hub, one)
+    faster(hub, one)
+    interval = {"calibrated": coverage(hub, one)}
+    table("Leave one family out", hub, held_out(hub, fit, hub.families), hub.rows)
+    interval["uncalibrated"], interval["few"] = new_chip(hub)
+    llm, interval["llm"] = decoders()
+    memory()
+    if options.write:
+        write(hub, fit, interval, llm)
+
+
+def details(hub: Hub, error: Array) -> None:
+    """One line per workload: chips measured, median milliseconds measured and estimated."""
+    order: Callable[[int], float] = lambda i: float(np.median(error[hub.rows.sample == i]))  # noqa: E731
+    for i in sorted(range(len(hub.keys)), key=order):
+        mine = hub.rows.sample == i
+        (model, component), precision = hub.keys[i]
+        ms = np.median(np.exp(hub.rows.log_us[mine])) / 1e3
+        print(f"  {model:30s} {component:28s} {precision:6s} {ms:9.3f} ms  x {np.exp(order(i)):.2f}  n {mine.sum()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,411 @@
+"""Segmentation, restoration and super-resolution."""
+
+from __future__ import annotations
+
+from benchmarks.workloads import workload
+from benchmarks.workloads.classify import basic, bottleneck, inverted, resnet50
+from benchmarks.workloads.net import Net, Value
+
+# ----------------------------------------------------------------------------------------------------- segmentation
+
+
+@workload("fcn_resnet50", "FCN-ResNet50", "fcn")
+def _(net: Net) -> Value:
+    x = resnet50(net, net.picture(1, 3, 520, 520), dilate=2)[-1]
+    x = net.conv(net.conv(x, 512, 3, act="relu"), 21)
+    x = net.resize(x, (520, 520))
+    return net.reduce(x, 1, "argmax")
+
+
+@workload("deeplab_xception", "DeepLabXception", "deeplab")
+def _(net: Net) -> Value:
+    def separable(x: Value, out: int, s: int = 1, d: int = 1, act: bool = False) -> Value:
+        kind = "relu" if act else None
+        return net.conv(net.dw(x, 3, s, kind, d), out, act=kind)
+
+    def block(x: Value, widths: tuple[int, int, int], s: int, skip: str, d: int = 1) -> Value:
+        y = x
+        for i, width in enumerate(widths):
+            y = separable(net.act(y, "relu"), width, s if i == 2 else 1, d)
+        if skip == "conv":
+            return net.add(y, net.conv(x, widths[-1], 1, s))
+        return net.add(y, x) if skip == "sum" else y
+
+    x = net.conv(net.conv(net.picture(1, 3, 480, 520), 32, 3, 2, act="relu"), 64, 3, act="relu")
+    x = block(x, (128, 128, 128), 2, "conv")
+    x = low = block(x, (256, 256, 256), 2, "conv")
+    x = block(x, (728, 728, 728), 2, "conv")
+    for _ in range(16):
+        x = block(x, (728, 728, 728), 1, "sum")
+    x = block(x, (728, 1024, 1024), 1, "conv")
+    for width in (1536, 1536, 2048):
+        x = separable(x, width, d=2, act=True)
+    h, w = x.shape[2:]
+    parts = [net.conv(x, 256, act="relu")]
+    parts += [separable(x, 256, d=d, act=True) for d in (6, 12, 18)]
+    parts.append(net.resize(net.conv(net.gap(x), 256, act="relu"), (h, w)))
+    x = net.conv(net.concat(parts), 256, act="relu")
+    x = net.resize(x, low.shape[2:])
+    x = net.concat([x, net.conv(low, 48, act="relu")])
+    x = separable(separable(x, 256, act=True), 256, act=True)
+    return net.reduce(net.resize(net.conv(x, 21), (480, 520)), 1, "argmax")
+
+
+@workload("pspnet", "PSPNet", "fcn")
+def _(net: Net) -> Value:
+    x = net.input(1, 3, 473, 473)
+    x = net.conv(net.conv(net.conv(x, 64, 3, 2, act="relu"), 64, 3, act="relu"), 128, 3, act="relu")
+    x = net.pool(x, 3, 2, 1)
+    for i, depth in enumerate((3, 4, 23, 3)):
+        for j in range(depth):
+            x = bottleneck(net, x, 256 * 2**i, 2 if i == 1 and j == 0 else 1, 64 * 2**i, 1, (1, 1, 2, 4)[i])
+    size = x.shape[2:]
+    parts = [x]
+    for bins in (1, 2, 3, 6):
+        y = net.emit("avg_pool", [x], (1, 2048, bins, bins), kernel=(size[0] // bins,) * 2, stride=(size[0] // bins,) * 2)
+        parts.append(net.resize(net.conv(y, 512, act="relu"), size))
+    x = net.conv(net.concat(parts), 512, 3, act="relu")
+    return net.resize(net.conv(x, 150), (473, 473))
+
+
+@workload("unet_segmentation", "Unet-Segmentation", "unet")
+def _(net: Net) -> Value:
+    def double(x: Value, out: int) -> Value:
+        return net.conv(net.conv(x, out, 3, act="relu"), out, 3, act="relu")
+
+    x = double(net.input(1, 3, 640, 1280), 64)
+    skips = []
+    for out in (128, 256, 512, 1024):
+        skips.append(x)
+        x = double(net.pool(x, 2, 2), out)
+    for out in (512, 256, 128, 64):
+        x = double(net.concat([skips.pop(), net.deconv(x, out, 2, 2)]), out)
+    return net.conv(x, 2)
+
+
+def ffnet(net: Net, size: tuple[int, int], depths: tuple[int, ...], widths: tuple[int, ...], head: str, pre: bool) -> Value:
+    """ResNet of basic blocks, an up-head that joins four scales, a segmentation head (BBB or BCC, A B C by width)."""
+    x = net.picture(1, 3, *size)
+    x = net.conv(net.conv(x, 32, 3, 2, act="relu"), 64, 3, 2, act="relu")
+    features = []
+    for i, (depth, width) in enumerate(zip(depths, widths, strict=True)):
+        for j in range(depth):
+            x = basic(net, x, width, 2 if j == 0 and (i or pre) else 1)
+        features.append(x)
+    hidden = {"B": (64, 128, 128, 256), "C": (64, 128, 128, 128), "N": (32, 48, 64, 80)}[head]
+    y = net.conv(features[3], hidden[3], 1, act="relu")
+    outs = [y]
+    for i in (2, 1, 0):
+        lateral = net.conv(features[i], hidden[i], 1, act="relu")
+        y = net.add(lateral, net.up(net.conv(y, hidden[i], 1, act="relu"), 2))
+        y = net.conv(y, hidden[i], 3, act="relu")
+        outs.append(y)
+    target = outs[-1].shape[2:]
+    joined = [net.conv(o, hidden[0] * 2, 1, act="relu") for o in outs]
+    joined = [net.resize(o, target, "nearest") if o.shape[2:] != target else o for o in joined]
+    x = net.concat(joined)
+    x = net.conv(x, 128, 3, act="relu")
+    return net.conv(x, 19)
+
+
+@workload("mediapipe_selfie", "MediaPipe-Selfie-Segmentation", "mobilenet")
+def _(net: Net) -> Value:
+    x = one = net.conv(net.input(1, 3, 256, 256), 16, 3, 2, act="hardswish")
+    x = net.conv(x, 16, act="relu")
+    x = net.conv(net.se(net.dw(x, 3, 2, "relu"), 8), 16)
+    two = x
+    y = net.conv(net.dw(net.conv(x, 72, act="relu"), 3, 2, "relu"), 24)
+    x = three = net.add(net.conv(net.dw(net.conv(y, 88, act="relu"), 3, 1, "relu"), 24), y)
+    x = net.conv(net.se(net.dw(net.conv(x, 96, act="hardswish"), 5, 2, "hardswish"), 24), 32)
+    for _ in range(2):
+        y = net.se(net.dw(net.conv(x, 128, act="hardswish"), 5, 1, "hardswish"), 32)
+        x = net.add(net.conv(y, 32), x)
+    for _ in range(2):
+        y = net.se(net.dw(net.conv(x, 96, act="hardswish"), 5, 1, "hardswish"), 24)
+        x = net.add(net.conv(y, 32), x)
+    x = net.mul(net.conv(x, 128, act="relu"), net.conv(net.gap(x), 128, act="sigmoid"))
+    for skip in (three, two, one):
+        y = net.conv(net.up(x, 2, "bilinear"), skip.channels)
+        gate = net.conv(net.conv(net.gap(net.add(skip, y)), skip.channels, act="relu"), skip.channels, act="sigmoid")
+        y = net.conv(net.add(net.mul(skip, gate), y), skip.channels, act="relu")
+        x = net.add(net.dw(y, 3, 1, "relu"), y)
+    return net.act(net.deconv(x, 1, 2, 2), "sigmoid")
+
+
+@workload("pidnet", "PidNet", "pidnet")
+def _(net: Net) -> Value:
+    def block(x: Value, out: int, stride: int = 1, relu: bool = True) -> Value:
+        y = net.conv(net.conv(x, out, 3, stride, act="relu"), out, 3)
+        skip = net.conv(x, out, 1, stride) if stride > 1 or x.channels != out else x
+        return net.add(y, skip, "relu" if relu else None)
+
+    def narrow(x: Value, width: int, stride: int = 1, relu: bool = False) -> Value:
+        y = net.conv(net.conv(net.conv(x, width, act="relu"), width, 3, stride, act="relu"), width * 2)
+        skip = net.conv(x, width * 2, 1, stride) if stride > 1 or x.channels != width * 2 else x
+        return net.add(y, skip, "relu" if relu else None)
+
+    def bag(p: Value, i: Value, d: Value) -> Value:
+        edge = net.act(d, "sigmoid")
+        p_add = net.conv(net.add(net.mul(net.add(net.mul(edge)), i), p), 64 * 2)
+        i_add = net.conv(net.add(net.mul(edge, p), i), 64 * 2)
+        return net.add(p_add, i_add)
+
+    def pag(x: Value, y: Value) -> Value:
+        a, b = net.conv(x, 32), net.resize(net.conv(y, 32), x.shape[2:])
+        gate = net.act(net.reduce(net.mul(a, b), 1, "reduce_sum"), "sigmoid")
+        y = net.resize(y, x.shape[2:])
+        return net.add(net.mul(x, net.add(net.mul(gate))), net.mul(gate, y)) if x.channels == y.channels else x
+
+    x = net.conv(net.conv(net.picture(1, 3, 1024, 2048), 32, 3, 2, act="relu"), 32, 3, 2, act="relu")
+    x = block(block(x, 32), 32, relu=False)
+    x = net.act(x, "relu")
+    x = net.act(block(block(x, 64, 2), 64, relu=False), "relu")
+    p, d = block(block(x, 64), 64, relu=False), block(x, 32, relu=False)
+    i = block(x, 128, 2)
+    for _ in range(2):
+        i = block(i, 128)
+    p = pag(p, net.conv(i, 64))
+    d = net.add(d, net.resize(net.conv(i, 32, 3), d.shape[2:]))
+    p = net.act(block(block(net.act(p, "relu"), 64), 64, relu=False), "relu")
+    d = narrow(net.act(d, "relu"), 32)
+    i = block(i, 256, 2)
+    for _ in range(2):
+        i = block(i, 256)
+    p = pag(p, net.conv(i, 64))
+    d = net.add(d, net.resize(net.conv(i, 64, 3), d.shape[2:]))
+    p, d = narrow(net.act(p, "relu"), 64), narrow(net.act(d, "relu"), 64)
+    i = narrow(narrow(i, 256, 2), 256)
+    parts = [net.conv(net.act(i, "relu"), 96)]
+    for k in (5, 9, 17, 0):
+        y = net.pool(i, k, max(2, k // 2), k // 2, "avg_pool") if k else net.gap(i)
+        parts.append(net.add(net.resize(net.conv(net.act(y, "relu"), 96), i.shape[2:]), parts[0]))
+    y = net.conv(net.act(net.concat(parts[1:]), "relu"), 384, 3, g=4)
+    i = net.add(net.conv(net.act(net.concat([parts[0], y]), "relu"), 128), net.conv(net.act(i, "relu"), 128))
+    i = net.resize(i, d.shape[2:])
+    x = bag(p, i, d)
+    x = net.conv(net.conv(net.act(x, "relu"), 128, 3, act="relu"), 19)
+    return net.resize(x, (1024, 2048)) if False else x
+
+
+@workload("salsanext", "SalsaNext", "salsanext")
+def _(net: Net) -> Value:
+    def context(x: Value, out: int) -> Value:
+        a = net.conv(x, out, act="leaky_relu")
+        y = net.conv(a, out, 3, act="leaky_relu")
+        y = net.conv(y, out, 3, d=2, act="leaky_relu")
+        return net.add(a, y)
+
+    def res(x: Value, out: int, pool: bool = True) -> list[Value]:
+        a = net.conv(x, out, act="leaky_relu")
+        one = net.conv(x, out, 3, act="leaky_relu")
+        two = net.conv(one, out, 3, d=2, act="leaky_relu")
+        three = net.conv(two, out, 2, d=2, p=1, act="leaky_relu")
+        y = net.conv(net.concat([one, two, three]), out, act="leaky_relu")
+        y = net.add(a, y)
+        return [net.pool(y, 3, 2, 1, "avg_pool"), y] if pool else [y]
+
+    def up(x: Value, skip: Value, out: int) -> Value:
+        x = net.concat([net.shuffle(x, 2), skip])
+        one = net.conv(x, out, 3, act="leaky_relu")
+        two = net.conv(one, out, 3, d=2, act="leaky_relu")
+        three = net.conv(two, out, 2, d=2, p=1, act="leaky_relu")
+        return net.conv(net.concat([one, two, three]), out, act="leaky_relu")
+
+    x = net.input(1, 5, 64, 2048)
+    for _ in range(3):
+        x = context(x, 32)
+    skips = []
+    for out in (64, 128, 256, 256):
+        x, skip = res(x, out)
+        skips.append(skip)
+    x = res(x, 256, False)[0]
+    for out in (128, 128, 64, 32):
+        x = up(x, skips.pop(), out)
+    return net.softmax(net.conv(x, 20), 1)
+
+
+# --------------------------------------------------------------------------------------------------- FFNet variants
+
+
+@workload("ffnet_40s", "FFNet-40S", "ffnet")
+def _(net: Net) -> Value:
+    return ffnet(net, (1024, 2048), (4, 5, 6, 4), (64, 128, 192, 320), "B", True)
+
+
+@workload("ffnet_78s", "FFNet-78S", "ffnet")
+def _(net: Net) -> Value:
+    return ffnet(net, (1024, 2048), (6, 12, 12, 8), (64, 128, 192, 320), "B", True)
+
+
+@workload("ffnet_78s_lowres", "FFNet-78S-LowRes", "ffnet")
+def _(net: Net) -> Value:
+    return ffnet(net, (512, 1024), (6, 12, 12, 8), (64, 128, 192, 320), "C", False)
+
+
+@workload("ffnet_122ns_lowres", "FFNet-122NS-LowRes", "ffnet")
+def _(net: Net) -> Value:
+    return ffnet(net, (512, 1024), (16, 24, 13, 7), (64, 128, 192, 320), "N", True)
+
+
+# --------------------------------------------------------------------------------------------------- restoration
+
+
+@workload("quicksrnetsmall", "QuickSRNetSmall", "quicksr")
+def _(net: Net) -> Value:
+    return quicksr(net, 2)
+
+
+@workload("quicksrnetlarge", "QuickSRNetLarge", "quicksr")
+def _(net: Net) -> Value:
+    return quicksr(net, 11, 64)
+
+
+def quicksr(net: Net, blocks: int, width: int = 32) -> Value:
+    x = net.conv(net.input(1, 3, 128, 128), width, 3, act="clip")
+    for _ in range(blocks):
+        x = net.conv(x, width, 3, act="clip")
+    return net.act(net.shuffle(net.conv(x, 3 * 16, 3), 4), "clip")
+
+
+@workload("xlsr", "XLSR", "quicksr")
+def _(net: Net) -> Value:
+    image = net.input(1, 3, 128, 128)
+
+    def block(x: Value) -> Value:
+        y = net.concat([net.conv(part, 8, 3, act="relu") for part in net.split(x, 4)])
+        return net.conv(y, 32, act=None)
+
+    x = net.conv(image, 32, 3)
+    for _ in range(3):
+        x = block(x)
+    y = net.concat([net.conv(image, 16, 3), x])
+    y = net.conv(net.conv(y, 32, act="relu"), 3 * 16, 3)
+    return net.act(net.shuffle(y, 4), "clip")
+
+
+def rrdb(net: Net) -> Value:
+    x = first = net.conv(net.input(1, 3, 128, 128), 64, 3)
+    for _ in range(23):
+        outer = x
+        for _ in range(3):
+            parts = [x]
+            for i in range(4):
+                joined = net.concat(parts) if len(parts) > 1 else x
+                parts.append(net.conv(joined, 32, 3, act="leaky_relu"))
+            x = net.add(net.mul(net.conv(net.concat(parts), 64, 3)), x)
+        x = net.add(net.mul(x), outer)
+    x = net.add(first, net.conv(x, 64, 3))
+    for _ in range(2):
+        x = net.conv(net.up(x, 2), 64, 3, act="leaky_relu")
+    return net.conv(net.conv(x, 64, 3, act="leaky_relu"), 3, 3)
+
+
+@workload("esrgan", "ESRGAN", "esrgan")
+def _(net: Net) -> Value:
+    return rrdb(net)
+
+
+@workload("real_esrgan_x4plus", "Real-ESRGAN-x4plus", "esrgan")
+def _(net: Net) -> Value:
+    return rrdb(net)
+
+
+@workload("srgan", "SRGAN", "srgan")
+def _(net: Net) -> Value:
+    x = first = net.conv(net.input(1, 3, 128, 128), 64, 9, act="prelu")
+    for _ in range(16):
+        x = net.add(net.conv(net.conv(x, 64, 3, act="prelu"), 64, 3), x)
+    x = net.add(net.conv(x, 64, 3), first)
+    for _ in range(2):
+        x = net.act(net.shuffle(net.conv(x, 256, 3), 2), "prelu")
+    return net.act(net.conv(x, 3, 9), "tanh")
+
+
+def nafnet(net: Net, width: int, size: int, encoder: tuple[int, ...], middle: int, decoder: tuple[int, ...]) -> Value:
+    def block(x: Value) -> Value:
+        c = x.channels
+        y = net.dw(net.conv(net.norm(x, "channel_norm"), 2 * c), 3)
+        y = net.mul(*net.split(y, 2))
+        y = net.mul(y, net.conv(net.gap(y), c))
+        x = net.add(x, net.mul(net.conv(y, c)))
+        y = net.conv(net.norm(x, "channel_norm"), 2 * c)
+        return net.add(x, net.mul(net.conv(net.mul(*net.split(y, 2)), c)))
+
+    image = net.input(1, 3, size, size)
+    x = net.conv(image, width, 3)
+    skips = []
+    for depth in encoder:
+        for _ in range(depth):
+            x = block(x)
+        skips.append(x)
+        x = net.conv(x, x.channels * 2, 2, 2, 0)
+    for _ in range(middle):
+        x = block(x)
+    for depth in decoder:
+        x = net.add(net.shuffle(net.conv(x, x.channels * 2), 2), skips.pop())
+        for _ in range(depth):
+            x = block(x)
+    return net.add(net.conv(x, 3, 3), image)
+
+
+@workload("nafnet_denoise", "NAFNet-DeNoise", "nafnet")
+def _(net: Net) -> Value:
+    return nafnet(net, 32, 256, (2, 2, 4, 8), 12, (2, 2, 2, 2))
+
+
+def aot(net: Net) -> Value:
+    x = net.concat([net.input(1, 3, 512, 512), net.input(1, 1, 512, 512)])
+    x = net.conv(x, 64, 7, act="relu")
+    x = net.conv(net.conv(x, 128, 4, 2, 1, act="relu"), 256, 4, 2, 1, act="relu")
+    for _ in range(8):
+        y = net.concat([net.conv(x, 64, 3, d=d, act="relu") for d in (1, 2, 4, 8)])
+        y = net.conv(y, 256, 3)
+        gate = net.conv(x, 256, 3)
+        mean = net.reduce(gate, 2)
+        gate = net.act(net.mul(net.binary("sub", gate, mean)), "sigmoid")
+        x = net.add(net.mul(x, net.binary("sub", gate)), net.mul(y, gate))
+    for out in (128, 64):
+        x = net.conv(net.up(x, 2, "bilinear"), out, 3, act="relu")
+    return net.act(net.conv(x, 3, 3), "tanh")
+
+
+@workload("aotgan", "AOT-GAN", "inpaint")
+def _(net: Net) -> Value:
+    return aot(net)
+
+
+@workload("lama_dilated", "LaMa-Dilated", "inpaint")
+def _(net: Net) -> Value:
+    x = net.concat([net.input(1, 3, 512, 512), net.input(1, 1, 512, 512)])
+    x = net.conv(x, 64, 7, act="relu")
+    for out in (128, 256, 512):
+        x = net.conv(x, out, 3, 2, act="relu")
+    for i in range(9):
+        d = (1, 2, 4)[i % 3]
+        y = net.conv(net.conv(x, 512, 3, act="relu", d=d), 512, 3, d=d)
+        x = net.add(x, y)
+    for out in (256, 128, 64):
+        x = net.deconv(x, out, 3, 2, 1, "relu", 1)
+    return net.act(net.conv(x, 3, 7), "sigmoid")
+
+
+@workload("easyocr", "detector", "unet")
+def _(net: Net) -> Value:
+    """CRAFT on VGG-16."""
+    x = net.input(1, 3, 608, 800)
+    skips = []
+    for widths, pool in (((64, 64), 0), ((128, 128), 1), ((256, 256, 256), 1), ((512, 512, 512), 1), ((512, 512), 1)):
+        x = net.pool(x, 2, 2) if pool else x
+        for width in widths:
+            x = net.conv(x, width, 3, act="relu")
+        skips.append(x)
+    x = net.conv(net.conv(net.pool(x, 3, 1, 1), 1024, 3, d=6, act="relu"), 1024, act="relu")
+    for skip, middle, out in zip(skips[:0:-1], (512, 256, 128, 64), (256, 128, 64, 32), strict=True):
+        x = net.resize(x, skip.shape[2:]) if x.shape[2:] != skip.shape[2:] else x
+        x = net.conv(net.conv(net.concat([x, skip]), middle, act="relu"), out, 3, act="relu")
+    for out, k in ((32, 3), (32, 3), (16, 3), (16, 1)):
+        x = net.conv(x, out, k, act="relu")
+    return net.conv(x, 2)
+
+
+__all__ = ["inverted"]

@@ -1,0 +1,486 @@
+"""Detectors, instance segmentation and pose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.workloads import workload
+from benchmarks.workloads.classify import bottleneck, resnet18, resnet50, stem
+from benchmarks.workloads.net import Net, Value
+
+# ------------------------------------------------------------------------------------------------------- YOLO blocks
+
+
+class Yolo:
+    """The blocks of the Ultralytics family; every convolution is followed by ``act``."""
+
+    def __init__(self, net: Net, act: str = "silu"):
+        self.net, self.act = net, act
+
+    def conv(self, x: Value, out: int, k: int = 1, s: int = 1, g: int = 1) -> Value:
+        return self.net.conv(x, out, k, s, g=g, act=self.act)
+
+    def bottleneck(self, x: Value, out: int, shortcut: bool, k: tuple[int, int] = (3, 3), e: float = 1.0) -> Value:
+        y = self.conv(self.conv(x, int(out * e), k[0]), out, k[1])
+        return self.net.add(x, y) if shortcut and x.channels == out else y
+
+    def c3(self, x: Value, out: int, n: int, shortcut: bool = True, k: tuple[int, int] = (1, 3)) -> Value:
+        half = out // 2
+        y = self.conv(x, half)
+        for _ in range(n):
+            y = self.bottleneck(y, half, shortcut, k)
+        return self.conv(self.net.concat([y, self.conv(x, half)]), out)
+
+    def c2f(self, x: Value, out: int, n: int, shortcut: bool, inner: str = "bottleneck", e: float = 0.5) -> Value:
+        """inner: bottleneck (YOLOv8), c3k (YOLO11, large blocks), half (YOLO11, small blocks)."""
+        half = int(out * e)
+        parts = self.net.split(self.conv(x, 2 * half), 2)
+        for _ in range(n):
+            y = parts[-1]
+            if inner == "c3k":
+                parts.append(self.c3(y, half, 2, shortcut, (3, 3)))
+            elif inner == "cib":
+                parts.append(self.cib(y, half, shortcut))
+            else:
+                parts.append(self.bottleneck(y, half, shortcut, e=0.5 if inner == "half" else 1.0))
+        return self.conv(self.net.concat(parts), out)
+
+    def cib(self, x: Value, out: int, shortcut: bool) -> Value:
+        y = self.conv(self.conv(x, x.channels, 3, g=x.channels), 2 * out)
+        y = self.conv(self.conv(self.conv(y, 2 * out, 7, g=2 * out), out), out, 3, g=out)
+        return self.net.add(x, y) if shortcut else y
+
+    def sppf(self, x: Value, out: int) -> Value:
+        parts = [self.conv(x, x.channels // 2)]
+        for _ in range(3):
+            parts.append(self.net.pool(parts[-1], 5, 1, 2))
+        return self.conv(self.net.concat(parts), out)
+
+    def psa(self, x: Value, n: int = 1) -> Value:
+        """Position-sensitive attention of YOLOv10 and YOLO11."""
+        net, half = self.net, x.channels // 2
+        a, b = net.split(self.conv(x, 2 * half), 2)
+        heads = half // 64
+        for _ in range(n):
+            h, w = b.shape[2:]
+            y = net.reshape(net.conv(b, half * 2), 1, heads, 128, h * w)
+            q, k, v = net.slice(y, 0, 32, 2), net.slice(y, 32, 64, 2), net.slice(y, 64, 128, 2)
+            scores = net.softmax(net.mul(net.matmul(net.transpose(q, 0, 1, 3, 2), k)))
+            y = net.reshape(net.matmul(v, net.transpose(scores, 0, 1, 3, 2)), 1, half, h, w)
+            y = net.add(y, net.dw(net.reshape(v, 1, half, h, w), 3))
+            b = net.add(b, net.conv(y, half))
+            b = net.add(b, net.conv(self.conv(b, 2 * half), half))
+        return self.conv(net.concat([a, b]), x.channels)
+
+    def boxes(self, levels: Sequence[Value], raw: Sequence[Value], classes: Sequence[Value], bins: int = 16) -> list[Value]:
+        """Distributions to distances to boxes, class scores, the best class."""
+        net = self.net
+        joined = net.concat([net.reshape(x, 1, x.channels, -1) for x in raw], 2)
+        scores = net.concat([net.reshape(x, 1, x.channels, -1) for x in classes], 2)
+        count = joined.shape[2]
+        if bins > 1:
+            y = net.softmax(net.transpose(net.reshape(joined, 1, 4, bins, count), 0, 2, 1, 3), 1)
+            joined = net.reshape(net.conv(y, 1, bias=False), 1, 4, count)
+        low, high = net.split(joined, 2)
+        a, b = net.binary("sub", low), net.add(high)
+        box = net.mul(net.concat([net.mul(net.add(a, b)), net.binary("sub", b, a)]))
+        scores = net.act(scores, "sigmoid")
+        return [net.transpose(box, 0, 2, 1), net.reduce(scores, 1, "reduce_max"), net.reduce(scores, 1, "argmax")]
+
+    def head(self, levels: Sequence[Value], kind: str, classes: int = 80, bins: int = 16) -> tuple[list[Value], list[Value]]:
+        """Per level the box and the class branch. kind: "v8" or "v11" (depthwise class branch)."""
+        net = self.net
+        wide_box = max(16, levels[0].channels // 4, bins * 4) if bins > 1 else max(16, levels[0].channels // 4, 64)
+        wide_cls = max(levels[0].channels, min(classes, 100))
+        raw, scores = [], []
+        for x in levels:
+            raw.append(net.conv(self.conv(self.conv(x, wide_box, 3), wide_box, 3), 4 * bins))
+            if kind == "v8":
+                y = self.conv(self.conv(x, wide_cls, 3), wide_cls, 3)
+            else:
+                y = self.conv(self.conv(x, x.channels, 3, g=x.channels), wide_cls)
+                y = self.conv(self.conv(y, wide_cls, 3, g=wide_cls), wide_cls)
+            scores.append(net.conv(y, classes))
+        return raw, scores
+
+    def coefficients(self, levels: Sequence[Value], count: int, least: int = 0) -> Value:
+        """An extra branch (masks, key points, angles) of every level, joined."""
+        net, parts = self.net, []
+        wide = max(levels[0].channels // 4, count, least)
+        for x in levels:
+            y = net.conv(self.conv(self.conv(x, wide, 3), wide, 3), count)
+            parts.append(net.reshape(y, 1, count, -1))
+        return net.concat(parts, 2)
+
+    def proto(self, x: Value, hidden: int, masks: int = 32) -> Value:
+        y = self.net.deconv(self.conv(x, hidden, 3), hidden, 2, 2)
+        return self.conv(self.conv(y, hidden, 3), masks)
+
+
+def yolov8(y: Yolo, size: tuple[int, int], w: float, d: float, top: int = 1024) -> list[Value]:
+    """Backbone and neck: P3, P4, P5."""
+    net = y.net
+
+    def c(n: int) -> int:
+        return int(min(n, top) * w)
+
+    def n(k: int) -> int:
+        return max(round(k * d), 1)
+
+    x = y.conv(net.input(1, 3, *size), c(64), 3, 2)
+    x = y.c2f(y.conv(x, c(128), 3, 2), c(128), n(3), True)
+    p3 = y.c2f(y.conv(x, c(256), 3, 2), c(256), n(6), True)
+    p4 = y.c2f(y.conv(p3, c(512), 3, 2), c(512), n(6), True)
+    p5 = y.sppf(y.c2f(y.conv(p4, c(1024), 3, 2), c(1024), n(3), True), c(1024))
+    m4 = y.c2f(net.concat([net.up(p5), p4]), c(512), n(3), False)
+    o3 = y.c2f(net.concat([net.up(m4), p3]), c(256), n(3), False)
+    o4 = y.c2f(net.concat([y.conv(o3, c(256), 3, 2), m4]), c(512), n(3), False)
+    o5 = y.c2f(net.concat([y.conv(o4, c(512), 3, 2), p5]), c(1024), n(3), False)
+    return [o3, o4, o5]
+
+
+@workload("yolov8_det", "YOLOv8-Detection", "yolov8")
+def _(net: Net) -> list[Value]:
+    y = Yolo(net)
+    levels = yolov8(y, (640, 640), 0.25, 1 / 3)
+    return y.boxes(levels, *y.head(levels, "v8"))
+
+
+@workload("yolov8_obb", "YOLOv8-OBB", "yolov8")
+def _(net: Net) -> list[Value]:
+    y = Yolo(net)
+    levels = yolov8(y, (640, 640), 0.25, 1 / 3)
+    angle = net.mul(net.act(y.coefficients(levels, 1, 16), "sigmoid"))
+    return [*y.boxes(levels, *y.head(levels, "v8", 15)), angle]
+
+
+def fastsam(net: Net, w: float, d: float, top: int) -> list[Value]:
+    y = Yolo(net)
+    levels = yolov8(y, (640, 640), w, d, top)
+    masks = y.coefficients(levels, 32)
+    out = y.boxes(levels, *y.head(levels, "v8", 1))
+    return [*out, masks, y.proto(levels[0], int(256 * w))]
+
+
+@workload("fastsam_s", "FastSam-S", "yolov8")
+def _(net: Net) -> list[Value]:
+    return fastsam(net, 0.5, 1 / 3, 1024)
+
+
+@workload("fastsam_x", "FastSam-X", "yolov8")
+def _(net: Net) -> list[Value]:
+    return fastsam(net, 1.25, 1.0, 512)
+
+
+def yolo11(y: Yolo, w: float = 0.25, last: bool = False) -> list[Value]:
+    """last: YOLO26 ends with a block of attention."""
+    net = y.net
+
+    def c(n: int) -> int:
+        return int(n * w)
+
+    x = y.conv(net.input(1, 3, 640, 640), c(64), 3, 2)
+    x = y.c2f(y.conv(x, c(128), 3, 2), c(256), 1, True, "half", 0.25)
+    p3 = y.c2f(y.conv(x, c(256), 3, 2), c(512), 1, True, "half", 0.25)
+    p4 = y.c2f(y.conv(p3, c(512), 3, 2), c(512), 1, True, "c3k")
+    p5 = y.c2f(y.conv(p4, c(1024), 3, 2), c(1024), 1, True, "c3k")
+    p5 = y.psa(y.sppf(p5, c(1024)))
+    inner = "c3k" if last else "half"
+    m4 = y.c2f(net.concat([net.up(p5), p4]), c(512), 1, True, inner)
+    o3 = y.c2f(net.concat([net.up(m4), p3]), c(256), 1, True, inner)
+    o4 = y.c2f(net.concat([y.conv(o3, c(256), 3, 2), m4]), c(512), 1, True, inner)
+    o5 = y.c2f(net.concat([y.conv(o4, c(512), 3, 2), p5]), c(1024), 1, True, "c3k")
+    return [o3, o4, o5]
+
+
+@workload("yolov11_seg", "YOLOv11-Segmentation", "yolo11")
+def _(net: Net) -> list[Value]:
+    y = Yolo(net)
+    levels = yolo11(y)
+    masks = y.coefficients(levels, 32)
+    return [*y.boxes(levels, *y.head(levels, "v11")), masks, y.proto(levels[0], 64)]
+
+
+@workload("yolov11_pose", "YOLOv11-Pose", "yolo11")
+def _(net: Net) -> list[Value]:
+    y = Yolo(net)
+    levels = yolo11(y)
+    points = net.mul(net.add(y.coefficients(levels, 51)))
+    return [*y.boxes(levels, *y.head(levels, "v11", 1)), points]
+
+
+@workload("yolo26_det", "YOLO26-Detection", "yolo11")
+def _(net: Net) -> list[Value]:
+    y = Yolo(net)
+    levels = yolo11(y, last=True)
+    return y.boxes(levels, *y.head(levels, "v11", 80, 1), 1)
+
+
+@workload("yolo26_seg", "YOLO26-Segmentation", "yolo11")
+def _(net: Net) -> list[Value]:
+    y = Yolo(net)
+    levels = yolo11(y, last=True)
+    masks = y.coefficients(levels, 32)
+    return [*y.boxes(levels, *y.head(levels, "v11", 80, 1), 1), masks, y.proto(levels[0], 64)]
+
+
+@workload("yolo26_pose", "YOLO26-Pose", "yolo11")
+def _(net: Net) -> list[Value]:
+    y = Yolo(net)
+    levels = yolo11(y, last=True)
+    points = net.mul(net.add(y.coefficients(levels, 51)))
+    return [*y.boxes(levels, *y.head(levels, "v11", 1, 1), 1), points]
+
+
+@workload("yolov10_det", "YOLOv10-Detection", "yolov10")
+def _(net: Net) -> list[Value]:
+    y = Yolo(net)
+
+    def down(x: Value, out: int) -> Value:
+        x = y.conv(x, out)
+        return net.conv(x, out, 3, 2, g=out)
+
+    x = y.conv(net.input(1, 3, 640, 640), 16, 3, 2)
+    x = y.c2f(y.conv(x, 32, 3, 2), 32, 1, True)
+    p3 = y.c2f(y.conv(x, 64, 3, 2), 64, 2, True)
+    p4 = y.c2f(down(p3, 128), 128, 2, True)
+    p5 = y.psa(y.sppf(y.c2f(down(p4, 256), 256, 1, True), 256))
+    m4 = y.c2f(net.concat([net.up(p5), p4]), 128, 1, False)
+    o3 = y.c2f(net.concat([net.up(m4), p3]), 64, 1, False)
+    o4 = y.c2f(net.concat([y.conv(o3, 64, 3, 2), m4]), 128, 1, False)
+    o5 = y.c2f(net.concat([down(o4, 128), p5]), 256, 1, True, "cib")
+    levels = [o3, o4, o5]
+    return y.boxes(levels, *y.head(levels, "v11"))
+
+
+@workload("yolov5", "Yolo-v5", "yolov5")
+def _(net: Net) -> list[Value]:
+    y = Yolo(net)
+    x = y.conv(net.input(1, 3, 640, 640), 48, 6, 2) if False else net.conv(net.input(1, 3, 640, 640), 48, 6, 2, 2, act="silu")
+    x = y.c3(y.conv(x, 96, 3, 2), 96, 2)
+    p3 = y.c3(y.conv(x, 192, 3, 2), 192, 4)
+    p4 = y.c3(y.conv(p3, 384, 3, 2), 384, 6)
+    p5 = y.sppf(y.c3(y.conv(p4, 768, 3, 2), 768, 2), 768)
+    m5 = y.conv(p5, 384)
+    m4 = y.conv(y.c3(net.concat([net.up(m5), p4]), 384, 2, False), 192)
+    o3 = y.c3(net.concat([net.up(m4), p3]), 192, 2, False)
+    o4 = y.c3(net.concat([y.conv(o3, 192, 3, 2), m4]), 384, 2, False)
+    o5 = y.c3(net.concat([y.conv(o4, 384, 3, 2), m5]), 768, 2, False)
+    return anchors(net, [o3, o4, o5])
+
+
+def anchors(net: Net, levels: Sequence[Value], each: int = 85, landmarks: int = 0) -> list[Value]:
+    """Three anchors per cell: sigmoid, grid, scale; joined over the levels."""
+    parts = []
+    for x in levels:
+        n, _, h, w = x.shape
+        z = net.transpose(net.reshape(net.conv(x, 3 * each), n, 3, each, h, w), 0, 1, 3, 4, 2)
+        z = net.act(z, "sigmoid")
+        xy, wh = net.slice(z, 0, 2, -1), net.slice(z, 2, 4, -1)
+        xy = net.mul(net.add(net.mul(xy)))
+        wh = net.mul(net.mul(net.mul(wh), net.mul(wh)))
+        z = net.concat([xy, wh, net.slice(z, 4, each, -1)], -1)
+        parts.append(net.reshape(z, n, 3 * h * w, each))
+    z = net.concat(parts, 1)
+    scores = net.mul(net.slice(z, 5, each, -1), net.slice(z, 4, 5, -1))
+    return [net.slice(z, 0, 4, -1), net.reduce(scores, 2, "reduce_max"), net.reduce(scores, 2, "argmax")]
+
+
+@workload("yolov3", "Yolo-v3", "yolov3")
+def _(net: Net) -> list[Value]:
+    """YOLOv3-tiny with an Ultralytics detection head."""
+    y = Yolo(net)
+    x = y.conv(net.input(1, 3, 640, 640), 16, 3)
+    for out in (32, 64, 128, 256):
+        x = y.conv(net.pool(x, 2, 2), out, 3)
+    p4 = x
+    x = y.conv(net.pool(x, 2, 2), 512, 3)
+    x = net.pool(net.pad(x, 1, 1), 2, 1)
+    x = y.conv(y.conv(x, 1024, 3), 256)
+    o5 = y.conv(x, 512, 3)
+    o4 = y.conv(net.concat([net.up(y.conv(x, 128)), p4]), 256, 3)
+    levels = [o4, o5]
+    return y.boxes(levels, *y.head(levels, "v8"))
+
+
+@workload("yolov6", "Yolo-v6", "yolov6")
+def _(net: Net) -> list[Value]:
+    y = Yolo(net, "relu")
+
+    def rep(x: Value, out: int, n: int) -> Value:
+        for _ in range(n):
+            x = y.conv(x, out, 3)
+        return x
+
+    def fuse(x: Value, same: Value, high: Value, out: int) -> Value:
+        parts = [net.deconv(x, x.channels, 2, 2), y.conv(same, out), y.conv(y.conv(high, out), out, 3, 2)]
+        return y.conv(net.concat(parts), out)
+
+    x = y.conv(net.input(1, 3, 640, 640), 16, 3, 2)
+    p2 = rep(y.conv(x, 32, 3, 2), 32, 2)
+    p3 = rep(y.conv(p2, 64, 3, 2), 64, 4)
+    p4 = rep(y.conv(p3, 128, 3, 2), 128, 6)
+    x = rep(y.conv(p4, 256, 3, 2), 256, 2)
+    half = [y.conv(x, 128), y.conv(x, 128)]
+    parts = [y.conv(y.conv(half[0], 128, 3), 128)]
+    for _ in range(3):
+        parts.append(net.pool(parts[-1], 5, 1, 2))
+    x = y.conv(y.conv(net.concat(parts), 128), 128, 3)
+    p5 = y.conv(net.concat([half[1], x]), 256)
+    f5 = y.conv(p5, 64)
+    m4 = rep(fuse(f5, p4, p3, 64), 64, 4)
+    f4 = y.conv(m4, 32)
+    o3 = rep(fuse(f4, p3, p2, 32), 32, 4)
+    o4 = rep(net.concat([y.conv(o3, 32, 3, 2), f4]), 64, 4)
+    o5 = rep(net.concat([y.conv(o4, 64, 3, 2), f5]), 128, 4)
+    raw, scores = [], []
+    for o in (o3, o4, o5):
+        x = net.conv(o, o.channels, act="silu")
+        scores.append(net.conv(net.conv(x, o.channels, 3, act="silu"), 80))
+        raw.append(net.conv(net.conv(x, o.channels, 3, act="silu"), 4))
+    return y.boxes([o3, o4, o5], raw, scores, 1)
+
+
+# ------------------------------------------------------------------------------------------------------- two stages
+
+
+@workload("detectron2_detection", "proposal_generator", "rcnn")
+def _(net: Net) -> list[Value]:
+    x = stem(net, net.picture(1, 3, 800, 800))
+    for i, depth in enumerate((3, 4, 6)):
+        for j in range(depth):
+            x = bottleneck(net, x, 256 * 2**i, 2 if i and j == 0 else 1, 64 * 2**i)
+    y = net.conv(x, 1024, 3, act="relu")
+    scores, deltas = net.conv(y, 15), net.conv(y, 60)
+    flat = net.reshape(net.transpose(deltas, 0, 2, 3, 1), 1, -1, 4)
+    a, b = net.slice(flat, 0, 2, -1), net.slice(flat, 2, 4, -1)
+    boxes = net.concat([net.add(net.mul(a)), net.act(net.mul(b), "exp")], -1)
+    return [x, boxes, net.reshape(net.transpose(scores, 0, 2, 3, 1), 1, -1)]
+
+
+@workload("detectron2_detection", "roi_head", "rcnn")
+def _(net: Net) -> list[Value]:
+    features, boxes = net.input(1, 1024, 50, 50), net.input(1, 200, 4)
+    x = net.emit("roi_align", [features, boxes], (200, 1024, 14, 14))
+    for j in range(3):
+        x = bottleneck(net, x, 2048, 2 if j == 0 else 1, 512)
+    x = net.reshape(net.gap(x), 200, 2048)
+    return [net.softmax(net.linear(x, 81)), net.linear(x, 320)]
+
+
+# -------------------------------------------------------------------------------------------------------------- pose
+
+
+@workload("hrnet_face", "HRNetFace", "hrnet")
+def _(net: Net) -> Value:
+    def basic(x: Value) -> Value:
+        return net.add(net.conv(net.conv(x, x.channels, 3, act="relu"), x.channels, 3), x, "relu")
+
+    def fuse(maps: list[Value]) -> list[Value]:
+        out = []
+        for i, here in enumerate(maps):
+            total = None
+            for j, x in enumerate(maps):
+                if j > i:
+                    y = net.resize(net.conv(x, here.channels), here.shape[2:], "bilinear")
+                elif j < i:
+                    y = x
+                    for k in range(i - j):
+                        last = k == i - j - 1
+                        y = net.conv(y, here.channels if last else x.channels, 3, 2, act=None if last else "relu")
+                else:
+                    y = x
+                total = y if total is None else net.add(total, y)
+            out.append(net.act(total, "relu"))
+        return out
+
+    x = net.conv(net.conv(net.picture(1, 3, 256, 256), 64, 3, 2, act="relu"), 64, 3, 2, act="relu")
+    for _ in range(4):
+        x = bottleneck(net, x, 256, 1, 64)
+    maps = [net.conv(x, 18, 3, act="relu"), net.conv(x, 36, 3, 2, act="relu")]
+    for stage, modules in enumerate((1, 4, 3)):
+        if stage:
+            maps.append(net.conv(maps[-1], maps[-1].channels * 2, 3, 2, act="relu"))
+        for _ in range(modules):
+            for i in range(len(maps)):
+                for _ in range(4):
+                    maps[i] = basic(maps[i])
+            maps = fuse(maps)
+    size = maps[0].shape[2:]
+    x = net.concat([maps[0], *(net.resize(x, size) for x in maps[1:])])
+    return net.conv(net.conv(x, 270, act="relu"), 29)
+
+
+@workload("rtmpose_body2d", "RTMPose-Body2d", "rtmpose")
+def _(net: Net) -> list[Value]:
+    y = Yolo(net)
+
+    def csp(x: Value, out: int, n: int, shortcut: bool) -> Value:
+        half = out // 2
+        z = y.conv(x, half)
+        for _ in range(n):
+            z1 = y.conv(y.conv(z, half, 3), half, 5, g=half)
+            z1 = y.conv(z1, half)
+            z = net.add(z, z1) if shortcut else z1
+        z = net.concat([z, y.conv(x, half)])
+        z = net.mul(z, net.act(net.conv(net.gap(z), out), "hardsigmoid"))
+        return y.conv(z, out)
+
+    x = y.conv(y.conv(y.conv(net.picture(1, 3, 256, 192), 24, 3, 2), 24, 3), 48, 3)
+    for i, (out, n) in enumerate(((96, 2), (192, 4), (384, 4), (768, 2))):
+        x = y.conv(x, out, 3, 2)
+        x = y.sppf(x, out) if i == 3 else x
+        x = csp(x, out, n, i < 3)
+    x = net.reshape(net.conv(x, 17, 7), 1, 17, 48)
+    x = net.linear(net.norm(x, "rms_norm"), 256)
+    z = net.norm(x, "rms_norm")
+    u, v, b = (net.linear(z, n, "silu") for n in (512, 512, 128))
+    q, k = net.add(net.mul(b)), net.add(net.mul(b))
+    a = net.act(net.mul(net.matmul(q, net.transpose(k, 0, 2, 1))), "relu")
+    z = net.mul(u, net.matmul(net.mul(a, a), v))
+    x = net.add(net.linear(z, 256), x)
+    return [net.linear(x, 384), net.linear(x, 512)]
+
+
+@workload("movenet", "Movenet", "mobilenet")
+def _(net: Net) -> list[Value]:
+    from benchmarks.workloads.classify import inverted
+
+    x = net.conv(net.input(1, 3, 192, 192), 32, 3, 2, act="relu6")
+    kept = []
+    for t, c, n, s in ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)):
+        for j in range(n):
+            x = inverted(net, x, c, 3, s if j == 0 else 1, x.channels * t, "relu6")
+        if c in (24, 32, 96):
+            kept.append(x)
+    x = net.conv(net.conv(x, 1280, act="relu6"), 64)
+    for skip, out in zip(kept[::-1], (64, 32, 24), strict=True):
+        x = net.add(net.up(x, 2, "bilinear"), net.conv(skip, x.channels))
+        x = net.conv(net.dw(x, 3), out, act="relu")
+    heads = []
+    for out in (1, 17, 34, 34):
+        heads.append(net.conv(net.conv(net.dw(x, 3), 96, act="relu"), out))
+    center = net.mul(net.act(heads[0], "sigmoid"))
+    return [net.reduce(net.reshape(center, 1, -1), 1, "argmax"), *heads[1:]]
+
+
+@workload("resnet34_ssd1200", "ResNet34-SSD", "ssd")
+def _(net: Net) -> list[Value]:
+    x = stem(net, net.picture(1, 3, 1200, 1200))
+    for i, depth in enumerate((3, 4, 6)):
+        for j in range(depth):
+            out, s = 64 * 2**i, 2 if i == 1 and j == 0 else 1
+            y = net.conv(net.conv(x, out, 3, s, act="relu"), out, 3)
+            x = net.add(y, net.conv(x, out, 1, s) if s > 1 or x.channels != out else x, "relu")
+    maps = [x]
+    for hidden, out, s in ((256, 512, 2), (256, 512, 2), (128, 256, 2), (128, 256, 2), (128, 256, 2)):
+        maps.append(net.conv(net.conv(maps[-1], hidden, act="relu"), out, 3, s, act="relu"))
+    boxes, scores = [], []
+    for i, (x, count) in enumerate(zip(maps, (4, 6, 6, 6, 4, 4), strict=True)):
+        s = 3 if i == 0 else 2 if i < 2 else 1
+        boxes.append(net.reshape(net.conv(x, count * 4, 3, s), 1, 4, -1))
+        scores.append(net.reshape(net.conv(x, count * 81, 3, s), 1, 81, -1))
+    return [net.concat(boxes, 2), net.softmax(net.concat(scores, 2), 1)]
+
+
+__all__ = ["resnet18", "resnet50"]

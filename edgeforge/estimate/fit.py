@@ -1,0 +1,294 @@
+"""Fits the latency model to measurements, in log space, with robust (Cauchy) weights and Gaussian priors.
+
+Two levels. The rates of all terms per precision are fitted to one time per (workload, precision), the measurements of
+all chips brought to a common chip. A chip then needs few numbers: one factor per group of terms and one per precision;
+they are fitted to the chip's measurements relative to what the same workloads need elsewhere, so that what the rates
+get wrong about a workload does not disturb them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from edgeforge.estimate.latency import overlapped
+from edgeforge.estimate.work import DDR, GROUPS, OVERHEAD, TERMS
+
+Array = np.ndarray
+
+NAMES = ("float", "w8a8", "w8a16")
+#: Where rates start: microseconds per million MACs, thousand elements, layer, matrix and kB; a 2023 phone NPU at w8a16.
+START = {
+    "conv": 0.07, "point": 0.1, "stem": 0.6, "dilated": 0.14, "grouped": 0.1, "depthwise": 1.5, "transposed": 0.07,
+    "volume": 0.15, "dense": 0.1, "attend": 0.12, "ragged": 0.03, "feed": 0.0015, "add": 0.005, "mul": 0.006,
+    "scale": 0.006, "curve": 0.012, "softmax": 0.025, "norm": 0.1, "pool": 0.005, "resize": 0.008, "reduce": 0.01,
+    "exotic": 0.03, "copy": 0.004, "permute": 0.01, "relayout": 0.006, "high_rank": 0.015, "input": 0.3,
+    "output": 0.03, "image": 0.2, "graph": 60.0, "mac_op": 1.0, "vector_op": 1.0, "move_op": 1.0, "batch_op": 0.3,
+    "weights": 0.018, "spill": 0.012,
+}  # fmt: skip
+#: Log of the ratio to these where another precision starts.
+SHIFT = {
+    "float": {
+        "conv": 0.7, "point": 0.7, "dilated": 0.7, "grouped": 0.3, "stem": 0.3, "dense": 0.4, "attend": 0.2, "feed": 0.3
+    },
+    "w8a8": {
+        "conv": -0.7, "point": -0.6, "dilated": -0.7, "grouped": -0.3, "stem": -0.3, "dense": -0.2, "feed": -0.3,
+        "add": -0.3, "curve": -0.5, "input": -0.5, "output": -0.5,
+    },
+    "w8a16": {},
+}  # fmt: skip
+#: Standard deviation of the priors (log): of all rates, of a precision's deviation; tighter where physics says more.
+WIDE, DEVIATION = 0.5, 0.5
+TIGHT = {"graph": 0.6, "mac_op": 0.6, "vector_op": 0.6, "move_op": 0.6, "weights": 0.6, "spill": 0.6, "input": 0.6,
+         "dilated": 0.4}  # fmt: skip
+TIGHT_DEVIATION = {**TIGHT, "input": 0.5, "dilated": 0.25}
+CAUCHY = 0.1
+#: Weight of the measurements of one (workload, precision) against the priors.
+TRUST = 2.0
+CHIP_SPREAD = {"all": 1.0, "group": 0.35, "precision": 0.25, "term": 0.25}
+
+IS_DDR = np.array([term in DDR for term in TERMS])
+IS_OVERHEAD = np.array([term in OVERHEAD for term in TERMS])
+IS_COMPUTE = ~(IS_DDR | IS_OVERHEAD)
+GROUP = np.array([next(i for i, terms in enumerate(GROUPS.values()) if term in terms) for term in TERMS])
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Workloads at a precision: amounts of every stretch [stretches, terms] and the sample each belongs to."""
+
+    amounts: Array
+    sample: Array
+    precision: Array
+
+    @classmethod
+    def of(cls, stretches: Sequence[Sequence[Mapping[str, float]]], precisions: Sequence[str]) -> Samples:
+        rows = [[part.get(term, 0.0) for term in TERMS] for parts in stretches for part in parts]
+        sample = np.repeat(np.arange(len(stretches)), [len(parts) for parts in stretches])
+        return cls(np.array(rows), sample, np.array([NAMES.index(name) for name in precisions]))
+
+    def pick(self, keep: Array) -> Samples:
+        """The samples with these numbers, in this order (repeats allowed)."""
+        order = np.argsort(self.sample, kind="stable")
+        first = np.searchsorted(self.sample[order], np.arange(len(self.precision) + 1))
+        rows = [order[first[i] : first[i + 1]] for i in keep]
+        sample = np.repeat(np.arange(len(keep)), [len(r) for r in rows])
+        return Samples(self.amounts[np.concatenate(rows)], sample, self.precision[keep])
+
+
+def predict(samples: Samples, rates: Array) -> tuple[Array, Array]:
+    """log microseconds [n] and d log T / d log rate [n, terms], for log rates [n, terms]."""
+    parts = samples.amounts * np.exp(rates[samples.sample])
+    body, by_compute, by_ddr = overlapped(parts[:, IS_COMPUTE].sum(1), parts[:, IS_DDR].sum(1))
+    parts[:, IS_COMPUTE] *= by_compute[:, None]
+    parts[:, IS_DDR] *= by_ddr[:, None]
+    n = len(samples.precision)
+    total = np.bincount(samples.sample, body + parts[:, IS_OVERHEAD].sum(1), n)
+    share = np.zeros((n, len(TERMS)))
+    np.add.at(share, samples.sample, parts)
+    return np.log(total), share / total[:, None]
+
+
+def start_rates() -> Array:
+    """[precisions, terms]"""
+    return np.log([[START[term] for term in TERMS]]) + [
+        [SHIFT[name].get(term, 0.0) for term in TERMS] for name in NAMES
+    ]
+
+
+def base_rates(theta: Array) -> Array:
+    """log rates [precisions, terms] of parameters [1 + precisions, terms]."""
+    return start_rates() + theta[0] + theta[1:]
+
+
+def _prior() -> Array:
+    wide = [WIDE * TIGHT.get(term, 1.0) for term in TERMS]
+    deviation = [DEVIATION * TIGHT_DEVIATION.get(term, 1.0) for term in TERMS]
+    return np.concatenate([wide, *[deviation] * len(NAMES)])
+
+
+def fit_base(samples: Samples, log_us: Array, theta: Array | None = None, steps: int = 25) -> Array:
+    """Rates of all precisions; ``theta``: where to start (a previous fit). Gauss-Newton, annealed when cold."""
+    k, n = len(TERMS), len(log_us)
+    scale = 0.5 if theta is None else CAUCHY
+    theta = np.zeros((1 + len(NAMES), k)) if theta is None else theta.copy()
+    prior = _prior()
+    for _ in range(steps):
+        predicted, share = predict(samples, base_rates(theta)[samples.precision])
+        error = log_us - predicted
+        jacobian = np.zeros((n, theta.size))
+        jacobian[:, :k] = share
+        for p in range(len(NAMES)):
+            rows = samples.precision == p
+            jacobian[rows, k * (p + 1) : k * (p + 2)] = share[rows]
+        step = _step(jacobian, error, TRUST, scale, theta.ravel(), prior)
+        theta += np.clip(step, -0.5, 0.5).reshape(theta.shape)
+        if scale == CAUCHY and np.abs(step).max() < 2e-3:
+            break
+        scale = max(CAUCHY, scale * 0.8)
+    return theta
+
+
+def _step(jacobian: Array, error: Array, trust: Array | float, scale: float, theta: Array, prior: Array) -> Array:
+    weight = trust / (1 + (error / scale) ** 2) / CAUCHY**2
+    hessian = (jacobian * np.reshape(weight, (-1, 1))).T @ jacobian
+    hessian[np.diag_indices(len(theta))] += 1 / prior**2
+    return np.linalg.solve(hessian, jacobian.T @ (weight * error) - theta / prior**2)
+
+
+# -------------------------------------------------------------------------------------------------------------- chips
+
+#: A chip's parameters (log factors): one for all terms, one per group, per precision, per term; each with its prior.
+CHIP_SIZE = 1 + len(GROUPS) + len(NAMES) + len(TERMS)
+CHIP_PRIOR = np.repeat(list(CHIP_SPREAD.values()), [1, len(GROUPS), len(NAMES), len(TERMS)])
+_PRECISION, _TERM = 1 + len(GROUPS), 1 + len(GROUPS) + len(NAMES)
+
+
+def chip_rates(base: Array, chip: Array, precision: Array) -> Array:
+    """log rates [n, terms] on a chip, for precision numbers [n]."""
+    shared = chip[0] + chip[1 + GROUP] + chip[_TERM:]
+    return base[precision] + shared + chip[_PRECISION + precision][:, None]
+
+
+def fit_chip(
+    samples: Samples, log_us: Array, base: Array, residual: Array, center: Array | None = None, steps: int = 8,
+    start: Array | None = None, carried: bool = True,
+) -> Array:  # fmt: skip
+    """Factors of one chip. residual [n]: what the base is known to get wrong about each sample (0: unknown).
+    center: factors of a typical chip, which few measurements stay near. carried: residuals come from other chips, so
+    what is left is small; else it is as large as the model's own error."""
+    center = np.zeros(CHIP_SIZE) if center is None else center
+    chip = (center if start is None else start).copy()
+    scale = 0.05 if carried else 0.15
+    for _ in range(steps):
+        predicted, share = predict(samples, chip_rates(base, chip, samples.precision))
+        error = log_us - residual - predicted
+        jacobian = np.zeros((len(error), CHIP_SIZE))
+        jacobian[:, 0] = share.sum(1)
+        for g in range(len(GROUPS)):
+            jacobian[:, 1 + g] = share[:, g == GROUP].sum(1)
+        jacobian[np.arange(len(error)), _PRECISION + samples.precision] = share.sum(1)
+        jacobian[:, _TERM:] = share
+        weight = 1 / (1 + (error / scale) ** 2) / scale**2
+        hessian = (jacobian * weight[:, None]).T @ jacobian
+        hessian[np.diag_indices(CHIP_SIZE)] += 1 / CHIP_PRIOR**2
+        step = np.linalg.solve(hessian, jacobian.T @ (weight * error) - (chip - center) / CHIP_PRIOR**2)
+        chip += np.clip(step, -0.7, 0.7)
+        if np.abs(step).max() < 1e-3:
+            break
+    return chip
+
+
+@dataclass
+class Fit:
+    """theta: see `base_rates`; chips: name -> factors; residual [samples]: mean log error of the base, per sample."""
+
+    theta: Array
+    chips: dict[str, Array] = field(default_factory=dict)
+    residual: Array = field(default_factory=lambda: np.zeros(0))
+
+    @property
+    def base(self) -> Array:
+        return base_rates(self.theta)
+
+    def center(self, without: str = "") -> Array:
+        """Factors of a typical chip."""
+        return np.median([chip for name, chip in self.chips.items() if name != without], axis=0)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Rows: the sample number, the chip and log microseconds of each measurement."""
+
+    sample: Array
+    chip: Array
+    log_us: Array
+
+    def pick(self, mask: Array) -> Measured:
+        return Measured(self.sample[mask], self.chip[mask], self.log_us[mask])
+
+
+def fit_all(samples: Samples, rows: Measured, old: Fit | None = None, rounds: int = 3, steps: int = 25) -> Fit:
+    """Both levels in turn. Samples without rows do not take part."""
+    names = sorted(set(rows.chip))
+    used = np.unique(rows.sample)
+    fit = old or Fit(np.zeros((1 + len(NAMES), len(TERMS))), {name: np.zeros(CHIP_SIZE) for name in names})
+    relative = _two_way(samples, rows, names) if old is None else _relative(samples, rows, fit)
+    picked = samples.pick(used)
+    theta = None if old is None else old.theta
+    chips = dict(fit.chips)
+    for _ in range(rounds):
+        theta = fit_base(picked, relative[used], theta, steps)
+        base = base_rates(theta)
+        at_base, _ = predict(samples, base[samples.precision])
+        residual = relative - at_base
+        for name in names:
+            mine = rows.pick(rows.chip == name)
+            chips[name] = fit_chip(
+                samples.pick(mine.sample), mine.log_us, base, residual[mine.sample], start=chips.get(name), steps=4
+            )
+        fit = Fit(theta, chips, residual)
+        relative = _relative(samples, rows, fit)
+    return fit
+
+
+def _two_way(samples: Samples, rows: Measured, names: Sequence[str]) -> Array:
+    """log us per sample with each chip's median offset (per precision) taken out."""
+    table = np.full((len(samples.precision), len(names)), np.nan)
+    table[rows.sample, np.searchsorted(names, rows.chip)] = rows.log_us
+    known = np.isfinite(table)
+    offset = np.zeros((len(NAMES), len(names)))
+    mean = np.full(len(table), np.nan)
+    for _ in range(5):
+        rest = table - offset[samples.precision]
+        for i in np.flatnonzero(known.any(1)):
+            mean[i] = np.median(rest[i, known[i]])
+        for p in range(len(NAMES)):
+            for c in range(len(names)):
+                mine = known[:, c] & (samples.precision == p)
+                offset[p, c] = np.median((table[:, c] - mean)[mine]) if mine.any() else 0.0
+    return mean
+
+
+def _relative(samples: Samples, rows: Measured, fit: Fit) -> Array:
+    """log us per sample as if at the base rates: each measurement minus what the model says its chip adds."""
+    at_base, _ = predict(samples, fit.base[samples.precision])
+    found: dict[int, list[float]] = {}
+    for name in sorted(set(rows.chip)):
+        mine = rows.pick(rows.chip == name)
+        picked = samples.pick(mine.sample)
+        there, _ = predict(picked, chip_rates(fit.base, fit.chips[name], picked.precision))
+        for i, value in zip(mine.sample, mine.log_us - there + at_base[mine.sample], strict=True):
+            found.setdefault(int(i), []).append(float(value))
+    out = np.full(len(samples.precision), np.nan)
+    for i, values in found.items():
+        out[i] = np.median(values)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------- decoders
+
+DECODER_SPREAD = {"base": 0.7, "chip": 0.35}
+
+
+def fit_decoders(amounts: Array, log_us: Array, chips: Array, start: Array, steps: int = 30) -> dict[str, Array]:
+    """Log rates [terms] per chip (and of a typical one, "") for sums of amounts [n, terms] times rates."""
+    names = sorted(set(chips))
+    k = len(start)
+    theta = np.zeros((1 + len(names), k))
+    prior = np.concatenate([np.full(k, DECODER_SPREAD["base"]), np.full(k * len(names), DECODER_SPREAD["chip"])])
+    which = np.searchsorted(names, chips)
+    for _ in range(steps):
+        parts = amounts * np.exp(start + theta[0] + theta[1 + which])
+        total = parts.sum(1)
+        share = parts / total[:, None]
+        jacobian = np.zeros((len(log_us), theta.size))
+        jacobian[:, :k] = share
+        for c in range(len(names)):
+            jacobian[which == c, k * (c + 1) : k * (c + 2)] = share[which == c]
+        step = _step(jacobian, log_us - np.log(total), 1.0, CAUCHY, theta.ravel(), prior)
+        theta += np.clip(step, -0.5, 0.5).reshape(theta.shape)
+        if np.abs(step).max() < 1e-3:
+            break
+    return {"": start + theta[0], **{name: start + theta[0] + theta[1 + c] for c, name in enumerate(names)}}

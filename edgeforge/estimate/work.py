@@ -1,0 +1,258 @@
+"""Work of each layer as an NPU runs it: fused, padded to its tiles, split into terms that the latency model prices.
+
+The terms and what they count (per inference):
+    MAC terms, in million padded multiply-accumulates: conv, point, stem, dilated, grouped, depthwise, transposed,
+        volume, dense, attend, ragged (dense once more, where the number of rows is no multiple of 4)
+    vector terms, in thousand padded elements: feed (read and written by MAC layers), add, mul, scale (by constants),
+        curve, softmax, norm, pool, resize, reduce, exotic
+    move terms, in thousand padded elements: copy, permute, relayout, high_rank
+    io terms, in thousand elements: input, output, image (arithmetic on few channels, before any convolution)
+    overheads, in layers: mac_op, vector_op, move_op; batch_op (matrices of an activation product); graph (1)
+    DDR terms, in kB: weights, spill
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+
+from edgeforge.estimate.program import Layer, Program, Shape
+
+MAC = (
+    "conv", "point", "stem", "dilated", "grouped", "depthwise", "transposed", "volume", "dense", "attend",
+    "ragged",
+)  # fmt: skip
+VECTOR = ("feed", "add", "mul", "scale", "curve", "softmax", "norm", "pool", "resize", "reduce", "exotic")
+MOVE = ("copy", "permute", "relayout", "high_rank")
+IO = ("input", "output", "image")
+OVERHEAD = ("graph", "mac_op", "vector_op", "move_op", "batch_op")
+DDR = ("weights", "spill")
+TERMS = (*MAC, *VECTOR, *MOVE, *IO, *OVERHEAD, *DDR)
+#: What a chip's own factors apply to.
+GROUPS = {"mac": MAC, "vector": (*VECTOR, *MOVE, *IO), "overhead": OVERHEAD, "ddr": DDR}
+MAC_OPS = ("conv2d", "conv3d", "conv_transpose", "linear", "matmul")
+CLAMPS = ("relu", "relu6", "clip", "leaky_relu")
+CLAMPED = ("conv2d", "conv3d", "conv_transpose", "linear", "add")
+COPIES = ("concat", "slice", "pad", "gather", "expand", "depth_to_space", "space_to_depth")
+FOLDING = ("conv2d", "conv3d", "linear")
+CLASSES = {
+    "add": "add", "sub": "add", "mul": "mul", "div": "exotic", "reciprocal": "exotic", "neg": "add", "relu": "add",
+    "relu6": "add", "clip": "add", "leaky_relu": "add", "prelu": "exotic", "requantize": "add", "softmax": "softmax",
+    "layer_norm": "norm", "rms_norm": "norm", "instance_norm": "norm", "group_norm": "norm", "channel_norm": "norm",
+    "l2_norm": "norm", "max_pool": "pool", "avg_pool": "pool", "resize": "resize", "reduce_mean": "reduce",
+    "reduce_sum": "reduce", "reduce_max": "reduce", "argmax": "reduce", "roi_align": "exotic",
+}  # fmt: skip
+IMAGE_OPS = ("conv2d", "conv3d", "conv_transpose", "max_pool", "avg_pool", "resize", "roi_align")
+TILE_DEPTH, TILE_SIDE = 32, 8
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bits of weights and activations; ``name`` picks the fitted rates."""
+
+    name: str
+    weights: int
+    activations: int
+
+
+PRECISIONS = {
+    "float": Precision("float", 16, 16),
+    "w8a8": Precision("w8a8", 8, 8),
+    "w8a16": Precision("w8a16", 8, 16),
+    "w4a8": Precision("w8a8", 4, 8),
+    "w4a16": Precision("w8a16", 4, 16),
+}
+
+
+@dataclass
+class Work:
+    """Amounts of one layer, by term; ``fused``: computed inside its producer."""
+
+    layer: Layer
+    amounts: dict[str, float] = field(default_factory=dict)
+    weight_bytes: float = 0.0
+    moved_bytes: float = 0.0
+
+
+def up(size: int, tile: int) -> int:
+    return -(-size // tile) * tile
+
+
+class Layout:
+    """Which axis of each value is stored as depth (the innermost, tiled by 32): channels of images, the last axis of
+    everything else. A permutation that keeps the order of the other axes moves nothing."""
+
+    def __init__(self, program: Program):
+        self.shapes = program.shapes
+        self.axis = {name: 1 if len(self.shapes[name]) >= 4 else len(self.shapes[name]) - 1 for name in program.inputs}
+
+    def padded(self, name: str) -> int:
+        shape = self.shapes[name]
+        axis = self.axis.get(name, len(shape) - 1)
+        size = math.prod(shape)
+        return size // max(shape[axis], 1) * up(shape[axis], TILE_DEPTH) if shape else 1
+
+    def follow(self, layer: Layer) -> str:
+        """Set the output's axis; for moves returns "free", "permute" or "relayout"."""
+        shape, source = self.shapes[layer.output], layer.inputs[0] if layer.inputs else ""
+        old = self.axis.get(source, len(shape) - 1)
+        last = len(shape) - 1
+        if layer.op in IMAGE_OPS:
+            self.axis[layer.output] = 1
+        elif layer.op in ("linear", "matmul", "gather"):
+            self.axis[layer.output] = last
+        elif layer.op == "transpose":
+            perm = tuple(layer.attrs["perm"])
+            rest = [axis for axis in perm if axis != old and self.shapes[source][axis] > 1]
+            kept = rest == sorted(rest)
+            self.axis[layer.output] = perm.index(old) if kept else last
+            return "free" if kept else "permute"
+        elif layer.op == "reshape":
+            before = self.shapes[source]
+            if old == 1 and len(shape) > 1 and before[1] == shape[1] and before[0] == shape[0]:
+                self.axis[layer.output] = 1
+                return "free"
+            self.axis[layer.output] = last
+            same = old == len(before) - 1 and before[-1] == shape[-1]
+            return "free" if same or math.prod(before) == max(before) else "relayout"
+        else:
+            self.axis[layer.output] = min(old, last) if layer.op not in ("reduce_mean",) or old == 1 else last
+        return "free"
+
+
+def works(program: Program, precision: Precision, vtcm_bytes: float = 8e6) -> list[Work]:
+    """One `Work` per layer, in order; fused layers and views have no amounts."""
+    made = {layer.output: layer for layer in program.layers}
+    readers: dict[str, list[Layer]] = {}
+    for layer in program.layers:
+        for name in layer.inputs:
+            readers.setdefault(name, []).append(layer)
+    layout, out = Layout(program), []
+    for layer in program.layers:
+        moved = layout.follow(layer)
+        work = Work(layer)
+        out.append(work)
+        if _fused(layer, made, readers, program):
+            continue
+        kind, work.amounts = _amounts(layer, layout, moved)
+        if not kind:
+            continue
+        work.amounts[kind] = 1.0
+        if layer.op != "gather":
+            work.weight_bytes = layer.weights * (layer.weight_bits or precision.weights) / 8
+        work.amounts["weights"] = work.weight_bytes / 1e3
+        bits = layer.bits or precision.activations
+        work.moved_bytes = sum(layout.padded(name) for name in {*layer.inputs, layer.output}) * bits / 8
+        if work.moved_bytes > vtcm_bytes:
+            work.amounts["spill"] = work.moved_bytes / 1e3
+    return out
+
+
+def _fused(layer: Layer, made: dict[str, Layer], readers: dict[str, list[Layer]], program: Program) -> bool:
+    """Clamps and constant factors or addends go into the layer before; a matmul transposes its second operand."""
+    if layer.op == "expand":
+        return True
+    if layer.op == "transpose" and layer.output not in program.outputs:
+        rank = len(layer.attrs["perm"])
+        swapped = tuple(layer.attrs["perm"]) == (*range(rank - 2), rank - 1, rank - 2)
+        found = readers.get(layer.output, [])
+        return swapped and all(reader.op == "matmul" and reader.inputs[-1] == layer.output for reader in found)
+    if len(layer.inputs) != 1:
+        return False
+    before = made.get(layer.inputs[0])
+    alone = before is not None and len(readers[before.output]) == 1
+    into = CLAMPED if layer.op in CLAMPS else FOLDING if layer.op in ("add", "sub", "mul") else ()
+    return alone and before.op in into
+
+
+def _amounts(layer: Layer, layout: Layout, moved: str) -> tuple[str, dict[str, float]]:
+    """The kind of overhead, and the terms of one layer."""
+    shape, size = layout.shapes[layer.output], layout.padded(layer.output)
+    read = sum(layout.padded(name) for name in layer.inputs)
+    if layer.op in MAC_OPS:
+        found = {_mac_class(layer, shape): _padded_macs(layer, shape) / 1e6, "feed": (read + size) / 1e3}
+        if layer.op == "matmul":
+            found["batch_op"] = float(math.prod(shape[:-2]))
+        if layer.op == "linear" and len(shape) == 3 and shape[1] > TILE_DEPTH and shape[1] % 4:
+            found["ragged"] = found["dense"]
+        return "mac_op", found
+    if layer.op in ("transpose", "reshape"):
+        if moved == "free":
+            return "", {}
+        high = layer.op == "transpose" and len([n for n in shape if n > 1]) > 3
+        return "move_op", {"high_rank" if high else moved: size / 1e3}
+    if layer.op in COPIES:
+        return "move_op", {"copy": size / 1e3}
+    term = CLASSES.get(layer.op, "curve")
+    if layer.op in ("add", "sub", "mul") and len(shape) >= 4 and shape[1] <= 4:
+        return "vector_op", {"image": math.prod(shape) / 1e3}
+    if layer.op in ("add", "sub", "mul", "div") and len(layer.inputs) == 1:
+        term = "scale"
+    amount = max(size, read) if term in ("pool", "reduce") else size
+    if term == "pool":
+        window = math.prod(layer.attrs.get("kernel", (1, 1)))
+        amount = size * min(window, 25) / 4 + read / 2
+    return "vector_op", {term: amount / 1e3}
+
+
+def _mac_class(layer: Layer, shape: Shape) -> str:
+    a = layer.attrs
+    if layer.op == "matmul":
+        return "attend"
+    if layer.op == "linear":
+        return "dense"
+    if layer.op == "conv_transpose":
+        return "transposed"
+    if math.prod(shape[2:]) == 1:
+        return "dense"
+    if a["groups"] > 1:
+        return "depthwise" if a["fan_in"] == 1 else "grouped"
+    if len(shape) == 5 and a["kernel"][0] > 1:
+        return "volume"
+    if max(a["dilation"]) > 1:
+        return "dilated"
+    if a["fan_in"] <= 4:
+        return "stem"
+    return "point" if math.prod(a["kernel"]) == 1 else "conv"
+
+
+def _padded_macs(layer: Layer, shape: Shape) -> float:
+    """Multiply-accumulates with channels padded to 32 and maps to 8 x 8."""
+    a = layer.attrs
+    if layer.op in ("matmul", "linear"):
+        rows = math.prod(shape[:-1])
+        if layer.op == "matmul":
+            rows = math.prod(shape[:-2]) * up(shape[-2], TILE_SIDE)
+        return rows * up(shape[-1], TILE_DEPTH) * up(a["fan_in"], TILE_DEPTH)
+    groups = a["groups"]
+    window = math.prod(a["kernel"])
+    if layer.op == "conv_transpose":
+        return layer.macs / (shape[1] * a["fan_in"]) * up(shape[1], TILE_DEPTH) * up(a["fan_in"], TILE_DEPTH)
+    spatial = [up(n, TILE_SIDE) for n in shape[2:]] if math.prod(shape[2:]) > 1 else [1]
+    if len(shape) == 5:
+        spatial[0] = shape[2]
+    area = shape[0] * math.prod(spatial)
+    if a["fan_in"] == 1 and groups > 1:
+        # A vector unit: larger windows reuse what was loaded.
+        return area * (min(window, 9) + 0.3 * max(window - 9, 0)) * up(shape[1], TILE_DEPTH)
+    if groups > 1:
+        return area * window * up(shape[1], TILE_DEPTH) * up(a["fan_in"], TILE_DEPTH)
+    fan_in = up(a["fan_in"], 4) if a["fan_in"] <= 4 else up(a["fan_in"], TILE_DEPTH)
+    return area * window * up(shape[1], TILE_DEPTH) * fan_in
+
+
+#: Weights that are fetched ahead of the layers that need them, kB: time is counted in stretches of this much traffic.
+AHEAD = 6000.0
+
+
+def stretches(program: Program, found: list[Work]) -> list[dict[str, float]]:
+    """Amounts summed over stretches of layers within which fetching and computing overlap."""
+    out: list[Counter[str]] = [Counter()]
+    for work in found:
+        out[-1].update(work.amounts)
+        if out[-1]["weights"] + out[-1]["spill"] >= AHEAD:
+            out.append(Counter())
+    out[0].update({"graph": 1.0, "input": sum(program.size(name) for name in program.inputs) / 1e3})
+    out[-1]["output"] += sum(program.size(name) for name in program.outputs) / 1e3
+    return [dict(amounts) for amounts in out]
