@@ -89,7 +89,9 @@ def spearman(hub: Hub, error: Array) -> None:
             if mask.sum() >= 10:
                 truth = hub.rows.log_us[mask]
                 found.append(float(np.corrcoef(ranks(truth), ranks(truth + error[mask]))[0, 1]))
-    print(f"\nSpearman within a chip and precision: median {np.median(found):.3f}, lowest {min(found):.3f}, n {len(found)}")
+    print(
+        f"\nSpearman within a chip and precision: median {np.median(found):.3f}, lowest {min(found):.3f}, n {len(found)}"
+    )
 
 
 def faster(hub: Hub, error: Array) -> None:
@@ -103,7 +105,9 @@ def faster(hub: Hub, error: Array) -> None:
         truth = hub.rows.log_us[i] > hub.rows.log_us[j]
         guess = hub.rows.log_us[i] + error[i] > hub.rows.log_us[j] + error[j]
         right, always, n = right + (truth == guess), always + bool(truth), n + 1
-    print(f"\nWhich of float and w8a8 is faster: right in {100 * right / n:.1f} %; always w8a8: {100 * always / n:.1f} %; n {n}")
+    print(
+        f"\nWhich of float and w8a8 is faster: right in {100 * right / n:.1f} %; always w8a8: {100 * always / n:.1f} %; n {n}"
+    )
 
 
 def coverage(hub: Hub, error: Array) -> float:
@@ -146,7 +150,9 @@ def new_chip(hub: Hub, points: int = 10) -> tuple[float, float]:
             at = predict(goal, chip_rates(without.base, factors, goal.precision))[0]
             fresh.append(at - here.log_us[test])
             blind.append(predict(goal, chip_rates(without.base, center, goal.precision))[0] - here.log_us[test])
-            factors = fit_chip(picked, train.log_us, elsewhere.base, elsewhere.residual[train.sample], elsewhere.center())
+            factors = fit_chip(
+                picked, train.log_us, elsewhere.base, elsewhere.residual[train.sample], elsewhere.center()
+            )
             at = predict(goal, chip_rates(elsewhere.base, factors, goal.precision))[0]
             carried.append(at + elsewhere.residual[here.sample[test]] - here.log_us[test])
             kept.append(here.pick(test))
@@ -198,7 +204,9 @@ def decoders() -> tuple[dict[str, dict[str, float]], float]:
     chips, architectures, seen, times = decoder_rows()
     rates: dict[str, dict[str, float]] = {}
     factor = 1.0
-    print(f"\nLanguage models (QAIRT w4a16), unseen architecture, n {len(chips)} rows, {len(set(architectures))} architectures")
+    print(
+        f"\nLanguage models (QAIRT w4a16), unseen architecture, n {len(chips)} rows, {len(set(architectures))} architectures"
+    )
     for part, terms in (("decode", DECODE), ("chunk", CHUNK)):
         start = np.log([START[term] for term in terms])
         error = np.zeros(len(chips))
@@ -209,7 +217,9 @@ def decoders() -> tuple[dict[str, dict[str, float]], float]:
             error[out] = np.log((seen[part][out] * np.exp(rate)).sum(1)) - times[part][out]
         absolute = np.abs(np.expm1(error))
         label = {"decode": "decode", "chunk": "first chunk"}[part]
-        print(f"  {label:12s} median error {100 * np.median(absolute):.1f} %, 80th percentile {100 * np.quantile(absolute, 0.8):.1f} %")
+        print(
+            f"  {label:12s} median error {100 * np.median(absolute):.1f} %, 80th percentile {100 * np.quantile(absolute, 0.8):.1f} %"
+        )
         factor = max(factor, float(np.exp(np.quantile(np.abs(error), 0.8))))
         for chip, log_rates in fit_decoders(seen[part], times[part], chips, start).items():
             rates.setdefault(chip, {}).update(zip(terms, (float(f"{r:.4g}") for r in np.exp(log_rates)), strict=True))
@@ -226,7 +236,9 @@ def memory() -> None:
         key = (row["model_id"], row["component"])
         if key in programs and usable(row) and row["precision"] in NAMES and row["world"] == "Mobile":
             value = peak_mb(programs[key], PRECISIONS[row["precision"]])
-            found.setdefault(chip_name(row["chipset"]), []).append(abs(value / max(float(row["peak_mem_max_mb"]), 1) - 1))
+            found.setdefault(chip_name(row["chipset"]), []).append(
+                abs(value / max(float(row["peak_mem_max_mb"]), 1) - 1)
+            )
     print("\nPeak memory (phones): median error")
     for chip, errors in sorted(found.items()):
         print(f"  {chip:26s} {100 * np.median(errors):5.1f} %  n {len(errors)}")
@@ -234,7 +246,10 @@ def memory() -> None:
 
 def write(hub: Hub, fit: Fit, interval: dict[str, float], llm: dict[str, dict[str, float]]) -> None:
     """The fit into targets/bases/hexagon.yaml and the measured chips' files."""
-    at = {name: {t: float(f"{r:.4g}") for t, r in zip(TERMS, np.exp(row), strict=True)} for name, row in zip(NAMES, fit.base, strict=True)}
+    at = {
+        name: {t: float(f"{r:.4g}") for t, r in zip(TERMS, np.exp(row), strict=True)}
+        for name, row in zip(NAMES, fit.base, strict=True)
+    }
     residual = np.abs(np.expm1(fit.residual[np.isfinite(fit.residual)]))
     source = "qai-hub-models 0.65.0 perf.yaml, runtime qnn_dlc, QAIRT 2.50"
     about = {
@@ -270,7 +285,9 @@ def main() -> None:
     if not DATA.is_file():
         raise SystemExit(f"{DATA} is absent -> set EDGEFORGE_DATA")
     hub = load()
-    print(f"{len(hub.keys)} workloads (model x precision) of {len(set(hub.models))} models, {len(hub.rows.sample)} rows")
+    print(
+        f"{len(hub.keys)} workloads (model x precision) of {len(set(hub.models))} models, {len(hub.rows.sample)} rows"
+    )
     print("not rebuilt: " + ", ".join(f"{m} {c} ({n} rows)" for (m, c), n in sorted(hub.missing.items())))
     fit = fit_all(hub.samples, hub.rows)
     table("In the fit (no bar, for comparison)", hub, on_chips(hub, fit, hub.rows) - hub.rows.log_us, hub.rows)

@@ -188,7 +188,7 @@ def test_no_calibration_names_the_flag(refused, tmp_path):
 
 
 def test_an_unknown_target_suggests_names(refused, tmp_path):
-    words = ("--target", "snapdragon-8gen3", "--calibration", "embedded", "--out", tmp_path / "out")
+    words = ("--target", "snapdragon-8-gen-33", "--calibration", "embedded", "--out", tmp_path / "out")
     assert "did you mean" in refused("export", "digits", *words)
 
 

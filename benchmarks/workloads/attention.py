@@ -112,7 +112,9 @@ def _(net: Net) -> Value:
 # ------------------------------------------------------------------------------------------------------------- text
 
 
-def bert(net: Net, length: int, layers: int, heads: int, width: int, hidden: int, vocab: int, act: str = "gelu") -> Value:
+def bert(
+    net: Net, length: int, layers: int, heads: int, width: int, hidden: int, vocab: int, act: str = "gelu"
+) -> Value:
     x = net.norm(net.add(net.embedding(net.input(1, length), vocab, width)))
     return encoder(net, x, layers, heads, hidden, act, before=False, bias=True)
 
@@ -185,7 +187,9 @@ def _(net: Net) -> Value:
 # ------------------------------------------------------------------------------------------------------ hierarchical
 
 
-def swin(net: Net, width: int, depths: tuple[int, ...], heads: tuple[int, ...], window: int, second: bool, size: int = 224) -> Value:
+def swin(
+    net: Net, width: int, depths: tuple[int, ...], heads: tuple[int, ...], window: int, second: bool, size: int = 224
+) -> Value:
     """Windows as a batch dimension; every other block rolls the map (a slice and a concat per axis)."""
     x = net.conv(net.picture(1, 3, size, size), width, 4, 4, 0)
     side = x.shape[2]

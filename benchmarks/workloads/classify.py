@@ -119,7 +119,15 @@ def inverted(
 
 def mobilenet_v2(net: Net, x: Value, act: str = "relu6") -> Value:
     x = net.conv(x, 32, 3, 2, act=act)
-    for t, c, n, s in ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)):
+    for t, c, n, s in (
+        (1, 16, 1, 1),
+        (6, 24, 2, 2),
+        (6, 32, 3, 2),
+        (6, 64, 4, 2),
+        (6, 96, 3, 1),
+        (6, 160, 3, 2),
+        (6, 320, 1, 1),
+    ):
         for j in range(n):
             x = inverted(net, x, c, 3, s if j == 0 else 1, x.channels * t, act)
     return net.conv(x, 1280, act=act)
@@ -148,13 +156,28 @@ def _(net: Net) -> Value:
 def _(net: Net) -> Value:
     x = net.conv(net.picture(1, 3, 224, 224), 16, 3, 2, act="relu")
     x = net.conv(net.dw(x, 3, 1, "relu"), 8)
-    for k, t, c, n, s in ((3, 3, 16, 3, 2), (5, 3, 24, 3, 2), (5, 6, 40, 3, 2), (3, 6, 48, 2, 1), (5, 6, 96, 4, 2), (3, 6, 160, 1, 1)):
+    for k, t, c, n, s in (
+        (3, 3, 16, 3, 2),
+        (5, 3, 24, 3, 2),
+        (5, 6, 40, 3, 2),
+        (3, 6, 48, 2, 1),
+        (5, 6, 96, 4, 2),
+        (3, 6, 160, 1, 1),
+    ):
         for j in range(n):
             x = inverted(net, x, c, k, s if j == 0 else 1, x.channels * t, "relu")
     return classifier(net, net.conv(x, 1280, act="relu"))
 
 
-EFFICIENT = ((1, 3, 16, 1, 1), (6, 3, 24, 2, 2), (6, 5, 40, 2, 2), (6, 3, 80, 3, 2), (6, 5, 112, 3, 1), (6, 5, 192, 4, 2), (6, 3, 320, 1, 1))
+EFFICIENT = (
+    (1, 3, 16, 1, 1),
+    (6, 3, 24, 2, 2),
+    (6, 5, 40, 2, 2),
+    (6, 3, 80, 3, 2),
+    (6, 5, 112, 3, 1),
+    (6, 5, 192, 4, 2),
+    (6, 3, 320, 1, 1),
+)
 
 
 @workload("efficientnet_b0", "EfficientNet-B0", "efficientnet")
@@ -179,7 +202,14 @@ def _(net: Net) -> Value:
 @workload("efficientnet_v2_s", "EfficientNet-V2-s", "efficientnet")
 def _(net: Net) -> Value:
     x = net.conv(net.picture(1, 3, 384, 384), 24, 3, 2, act="silu")
-    for fused, t, c, n, s in ((1, 1, 24, 2, 1), (1, 4, 48, 4, 2), (1, 4, 64, 4, 2), (0, 4, 128, 6, 2), (0, 6, 160, 9, 1), (0, 6, 256, 15, 2)):
+    for fused, t, c, n, s in (
+        (1, 1, 24, 2, 1),
+        (1, 4, 48, 4, 2),
+        (1, 4, 64, 4, 2),
+        (0, 4, 128, 6, 2),
+        (0, 6, 160, 9, 1),
+        (0, 6, 256, 15, 2),
+    ):
         for j in range(n):
             stride, came = (s if j == 0 else 1), x
             if not fused:

@@ -62,7 +62,9 @@ def _(net: Net) -> Value:
     size = x.shape[2:]
     parts = [x]
     for bins in (1, 2, 3, 6):
-        y = net.emit("avg_pool", [x], (1, 2048, bins, bins), kernel=(size[0] // bins,) * 2, stride=(size[0] // bins,) * 2)
+        y = net.emit(
+            "avg_pool", [x], (1, 2048, bins, bins), kernel=(size[0] // bins,) * 2, stride=(size[0] // bins,) * 2
+        )
         parts.append(net.resize(net.conv(y, 512, act="relu"), size))
     x = net.conv(net.concat(parts), 512, 3, act="relu")
     return net.resize(net.conv(x, 150), (473, 473))
@@ -83,7 +85,9 @@ def _(net: Net) -> Value:
     return net.conv(x, 2)
 
 
-def ffnet(net: Net, size: tuple[int, int], depths: tuple[int, ...], widths: tuple[int, ...], head: str, pre: bool) -> Value:
+def ffnet(
+    net: Net, size: tuple[int, int], depths: tuple[int, ...], widths: tuple[int, ...], head: str, pre: bool
+) -> Value:
     """ResNet of basic blocks, an up-head that joins four scales, a segmentation head (BBB or BCC, A B C by width)."""
     x = net.picture(1, 3, *size)
     x = net.conv(net.conv(x, 32, 3, 2, act="relu"), 64, 3, 2, act="relu")

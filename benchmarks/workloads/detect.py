@@ -72,7 +72,9 @@ class Yolo:
             b = net.add(b, net.conv(self.conv(b, 2 * half), half))
         return self.conv(net.concat([a, b]), x.channels)
 
-    def boxes(self, levels: Sequence[Value], raw: Sequence[Value], classes: Sequence[Value], bins: int = 16) -> list[Value]:
+    def boxes(
+        self, levels: Sequence[Value], raw: Sequence[Value], classes: Sequence[Value], bins: int = 16
+    ) -> list[Value]:
         """Distributions to distances to boxes, class scores, the best class."""
         net = self.net
         joined = net.concat([net.reshape(x, 1, x.channels, -1) for x in raw], 2)
@@ -87,7 +89,9 @@ class Yolo:
         scores = net.act(scores, "sigmoid")
         return [net.transpose(box, 0, 2, 1), net.reduce(scores, 1, "reduce_max"), net.reduce(scores, 1, "argmax")]
 
-    def head(self, levels: Sequence[Value], kind: str, classes: int = 80, bins: int = 16) -> tuple[list[Value], list[Value]]:
+    def head(
+        self, levels: Sequence[Value], kind: str, classes: int = 80, bins: int = 16
+    ) -> tuple[list[Value], list[Value]]:
         """Per level the box and the class branch. kind: "v8" or "v11" (depthwise class branch)."""
         net = self.net
         wide_box = max(16, levels[0].channels // 4, bins * 4) if bins > 1 else max(16, levels[0].channels // 4, 64)
@@ -256,7 +260,11 @@ def _(net: Net) -> list[Value]:
 @workload("yolov5", "Yolo-v5", "yolov5")
 def _(net: Net) -> list[Value]:
     y = Yolo(net)
-    x = y.conv(net.input(1, 3, 640, 640), 48, 6, 2) if False else net.conv(net.input(1, 3, 640, 640), 48, 6, 2, 2, act="silu")
+    x = (
+        y.conv(net.input(1, 3, 640, 640), 48, 6, 2)
+        if False
+        else net.conv(net.input(1, 3, 640, 640), 48, 6, 2, 2, act="silu")
+    )
     x = y.c3(y.conv(x, 96, 3, 2), 96, 2)
     p3 = y.c3(y.conv(x, 192, 3, 2), 192, 4)
     p4 = y.c3(y.conv(p3, 384, 3, 2), 384, 6)
@@ -448,7 +456,15 @@ def _(net: Net) -> list[Value]:
 
     x = net.conv(net.input(1, 3, 192, 192), 32, 3, 2, act="relu6")
     kept = []
-    for t, c, n, s in ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)):
+    for t, c, n, s in (
+        (1, 16, 1, 1),
+        (6, 24, 2, 2),
+        (6, 32, 3, 2),
+        (6, 64, 4, 2),
+        (6, 96, 3, 1),
+        (6, 160, 3, 2),
+        (6, 320, 1, 1),
+    ):
         for j in range(n):
             x = inverted(net, x, c, 3, s if j == 0 else 1, x.channels * t, "relu6")
         if c in (24, 32, 96):

@@ -46,7 +46,9 @@ class Net:
         """An input that the model itself normalizes: minus the mean, times one over the deviation."""
         return self.mul(self.binary("sub", self.input(*shape)))
 
-    def emit(self, op: str, inputs: Sequence[Value], shape: Shape, weights: int = 0, macs: int = 0, **attrs: Any) -> Value:
+    def emit(
+        self, op: str, inputs: Sequence[Value], shape: Shape, weights: int = 0, macs: int = 0, **attrs: Any
+    ) -> Value:
         name = f"{op}{len(self.layers)}"
         self.layers.append(Layer(op, tuple(x.name for x in inputs), name, weights, macs, attrs))
         self.shapes[name] = tuple(shape)

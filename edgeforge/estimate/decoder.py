@@ -1,7 +1,7 @@
 """Decoder language models: time per token and to the first token, from the dimensions alone.
 
-    decode:      ms per token  = weights / bandwidth + KV cache(context) / bandwidth + layers * overhead
-    first chunk: ms per 128 tokens = the same weights once + MACs / rate + KV cache / bandwidth + layers * overhead"""
+decode:      ms per token  = weights / bandwidth + KV cache(context) / bandwidth + layers * overhead
+first chunk: ms per 128 tokens = the same weights once + MACs / rate + KV cache / bandwidth + layers * overhead"""
 
 from __future__ import annotations
 

@@ -131,9 +131,7 @@ def estimate_program(program: Program, target: Target, precision: str) -> Estima
     moved = sum(part.moved_bytes for part in parts)
     spilled = sum(part.moved_bytes for part in parts if part.moved_bytes > vtcm)
     used = energy(macs, moved, sum(part.weight_bytes for part in parts) + spilled, total)
-    nodes = tuple(
-        NodeEstimate(p.layer.output, p.layer.op, p.layer.source, p.us, p.bound, p.layer.macs) for p in parts
-    )
+    nodes = tuple(NodeEstimate(p.layer.output, p.layer.op, p.layer.source, p.us, p.bound, p.layer.macs) for p in parts)
     return Estimate(
         program.name,
         target.name,
@@ -171,5 +169,7 @@ def estimate_decoder(name: str, model: llm.Decoder, target: Target, context: int
         bool(latency.factors),
         tokens_per_second=Range.around(1e6 / decode, factor),
         first_token_ms=Range.around(chunk / 1e3, factor),
-        notes=(f"tokens per second with {context} tokens of context; first token of a prompt up to {llm.CHUNK} tokens",),
+        notes=(
+            f"tokens per second with {context} tokens of context; first token of a prompt up to {llm.CHUNK} tokens",
+        ),
     )
