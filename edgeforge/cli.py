@@ -241,7 +241,9 @@ def _artifact_trace(folder: Path, wanted: Any, name: str | None) -> Any:
 
 
 @app.command()
-def show(what: Annotated[str, typer.Argument(metavar="BUNDLE|MODEL")], node: str | None = None) -> None:
+def show(
+    what: Annotated[str, typer.Argument(metavar="BUNDLE|MODEL")], node: Annotated[str | None, typer.Argument()] = None
+) -> None:
     """Print a bundle's integer graph (or a model's float graph) with encodings, or the lines that name NODE; then what
     deviates: widths per dtype, exceptions to the precision, float islands."""
     from edgeforge.bundle import MANIFEST, load_bundle

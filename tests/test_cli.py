@@ -142,7 +142,7 @@ def test_two_exports_are_equal_byte_by_byte(digits, tmp_path):
 def test_show_ends_with_what_deviates_from_the_precision(run, digits):
     assert run("show", digits).splitlines()[-1].startswith("; activations: ")
     assert "graph digits float" in run("show", "digits")
-    assert all("stem" in line for line in run("show", digits, "--node", "stem").splitlines() if line[0] != ";")
+    assert all("stem" in line for line in run("show", digits, "stem").splitlines() if line[0] != ";")
 
 
 def test_the_catalogue_the_matrix_and_the_doctor_speak_json(run):
@@ -299,7 +299,8 @@ def absent(name):
     return version(name)
 
 metadata.version = absent
-sys.argv = ["edgeforge", "export", "digits", "--target", "snapdragon-8-gen-3", "--calibration", "embedded", "--out", sys.argv[1]]
+options = ["--target", "snapdragon-8-gen-3", "--calibration", "embedded", "--out", sys.argv[1]]
+sys.argv = ["edgeforge", "export", "digits", *options]
 from edgeforge.cli import main
 main()
 """
