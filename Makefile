@@ -13,11 +13,14 @@ demo: .venv/ready
 	$(BIN)/edgeforge doctor
 	$(BIN)/edgeforge export digits --target snapdragon-8-gen-3 --calibration embedded --out $(DEMO)/digits
 	$(BIN)/edgeforge validate $(DEMO)/digits --data embedded --model digits
-	@echo "report: $(DEMO)/digits/report.md"
+	$(BIN)/edgeforge export tinylm --target snapdragon-8-gen-3 --calibration embedded --out $(DEMO)/tinylm
+	$(BIN)/edgeforge validate $(DEMO)/tinylm
+	$(BIN)/edgeforge generate $(DEMO)/tinylm --prompt "Once upon a time" --max-tokens 40
+	@echo "reports: $(DEMO)/digits/report.md $(DEMO)/tinylm/report.md"
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n auto
 
 lint: .venv/ready
-	$(BIN)/ruff check edgeforge tests models
-	$(BIN)/ruff format --check edgeforge tests models
+	$(BIN)/ruff check edgeforge tests models benchmarks targets
+	$(BIN)/ruff format --check edgeforge tests models benchmarks targets

@@ -66,7 +66,7 @@ class FigureRecord(Closed):
     name: str
     value: float
     unit: str
-    kind: Literal["measured", "emulated", "estimated"]
+    kind: Literal["measured", "emulated", "simulated", "estimated", "counted"]
     source: str
 
 

@@ -14,6 +14,7 @@ from edgeforge.bundle import (
     BackendRecord,
     Bundle,
     EditRecord,
+    FigureRecord,
     load_bundle,
     port,
     write_core,
@@ -21,7 +22,7 @@ from edgeforge.bundle import (
     writing,
 )
 from edgeforge.data import Dataset, load_data
-from edgeforge.errors import InvalidInput, Unsupported
+from edgeforge.errors import InvalidInput, Reason, Unsupported
 from edgeforge.ir.graph import Graph
 from edgeforge.measured import measure
 from edgeforge.models import Model, call, load_model
@@ -34,7 +35,8 @@ from edgeforge.quantize.correct import correct_biases
 from edgeforge.quantize.keep import plan_from
 from edgeforge.recipe import Precision, Recipe
 from edgeforge.report import bundle_readme, quantization_report
-from edgeforge.sim.evaluate import quantize_feeds, run_float, simulate
+from edgeforge.sim.evaluate import dequantize_outputs, quantize_feeds, run_float, simulate
+from edgeforge.sim.parity import sqnr_db
 from edgeforge.target import Target, load_target, read_yaml
 
 #: Samples whose codes and results a bundle keeps.
@@ -108,7 +110,7 @@ def lower(graph: Graph, target: Target, names: Sequence[str], folder: Path, say:
                 raise Unsupported(f"{name} cannot take {graph.name} as asked", refusals)
             raise InvalidInput(f"backend {name}: {reason}")
         if reason or refusals:
-            text = reason or "; ".join(f"{r.where}: {r.why} -> {r.remedy}" for r in refusals[:5])
+            text = reason or in_short(refusals)
             records[name] = BackendRecord(status="skipped", reason=text)
             say(f"{name}: skipped ({text})")
             continue
@@ -119,6 +121,18 @@ def lower(graph: Graph, target: Target, names: Sequence[str], folder: Path, say:
         if not any(place.iterdir()):
             place.rmdir()
     return records
+
+
+def in_short(refusals: Sequence[Reason]) -> str:
+    """Refusals in one line: each distinct cause with its first node and how many share it."""
+    causes: dict[tuple[str, str], list[str]] = {}
+    for refusal in refusals:
+        causes.setdefault((refusal.why, refusal.remedy), []).append(refusal.where)
+    shown = [
+        f"{nodes[0]}{f' and {len(nodes) - 1} more' if len(nodes) > 1 else ''}: {why} -> {remedy}"
+        for (why, remedy), nodes in causes.items()
+    ]
+    return "; ".join(shown[:3] + ([f"{len(shown) - 3} more causes"] if len(shown) > 3 else []))
 
 
 def _record(name: str, artifact: Artifact) -> BackendRecord:
@@ -160,7 +174,8 @@ def export(
         graph, notes = measure(quantize(model, recipe, target, data, requantize), target)
         for note in notes:
             say(note)
-        write_core(folder, graph, recipe, target, golden_vectors(model.imported.graph, graph, data))
+        golden = golden_vectors(model.imported.graph, graph, data)
+        write_core(folder, graph, recipe, target, golden)
         _keep_tokenizer(recipe, base, folder)
         records = lower(graph, target, backend_names, folder / "artifacts", say)
         fields: dict[str, Any] = {
@@ -176,7 +191,7 @@ def export(
             "exceptions": exceptions(graph, recipe),
             "notes": notes,
             "backends": records,
-            "figures": (),
+            "figures": figures(graph, golden, target),
         }
         (folder / "report.md").write_text(quantization_report(graph, fields))
         (folder / "README.txt").write_text(bundle_readme(target, fields))
@@ -211,6 +226,18 @@ def golden_vectors(float_graph: Graph, graph: Graph, data: Dataset) -> dict[str,
         "output": simulate(graph, codes),
     }
     return {f"{part}/{name}": array for part, arrays in parts.items() for name, array in arrays.items()}
+
+
+def figures(graph: Graph, golden: Mapping[str, np.ndarray], target: Target) -> tuple[FigureRecord, ...]:
+    """Size of the constants, and per output the simulator's signal-to-noise ratio against the float model."""
+    size = sum(value.type.nbytes for value in graph.constants())
+    found = [FigureRecord(name="constants", value=size, unit="bytes", kind="counted", source="the integer graph")]
+    source = f"golden samples, rounding rules of {target.numerics}"
+    for name, real in dequantize_outputs(graph, {n: golden[f"output/{n}"] for n in graph.outputs}).items():
+        sqnr = sqnr_db(golden[f"float/{name}"], real)
+        if sqnr is not None:
+            found.append(FigureRecord(name=f"sqnr of {name}", value=sqnr, unit="dB", kind="simulated", source=source))
+    return tuple(found)
 
 
 def _keep_tokenizer(recipe: Recipe, base: Path, folder: Path) -> None:

@@ -77,12 +77,13 @@ def quantization_report(graph: Graph, fields: dict[str, Any]) -> str:
     """report.md: precision map, rounding rules and their status, exceptions, backends."""
     widths = Counter(graph.type(node.output).dtype for node in graph.nodes)
     rules = Counter(node.rule for node in graph.nodes if node.rule)
-    weights = sum(value.type.nbytes for value in graph.constants())
     lines = [
         f"# {fields['model']}: {fields['precision']} for {fields['target']}",
         "",
         f"Calibration: {fields['calibration']}{'' if fields['calibrated'] else ' (**uncalibrated**)'}. "
-        f"{len(graph.nodes)} integer nodes, {weights / 1e6:.2f} MB of constants, graph `{fields['graph_hash'][:16]}`.",
+        f"{len(graph.nodes)} integer nodes, graph `{fields['graph_hash'][:16]}`.",
+        "",
+        *(f"- {f.name}: {f.value:.6g} {f.unit} ({f.kind}; {f.source})" for f in fields["figures"]),
         "",
         "| activations | nodes |",
         "|---|---|",

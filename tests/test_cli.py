@@ -326,3 +326,11 @@ def data():
     run("export", "mine:model", *TARGET, "--calibration", "mine:data", "--out", "out", "--backend", "simulator")
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["model"] == "model"
     assert torch.is_grad_enabled()
+
+
+def test_refusals_with_one_cause_are_one_line():
+    from edgeforge.errors import Reason
+    from edgeforge.pipeline import in_short
+
+    reasons = [Reason(f"conv{i}", "conv2d", "16 bits", "export at w8a8") for i in range(9)]
+    assert in_short(reasons) == "conv0 and 8 more: 16 bits -> export at w8a8"

@@ -19,7 +19,8 @@ import os
 import re
 import struct
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ HERE = Path(__file__).resolve().parent
 DATA = Path(os.environ.get("EDGEFORGE_DATA", HERE.parents[1].parent / "shared" / "data"))
 TRAIN_STORIES, PICK_STORIES, DEV_STORIES = slice(0, 550), slice(550, 600), slice(600, 800)
 BOS, VOCAB, CONTEXT = "<s>", 416, 512
+#: A byte that no text holds; ids that fill up the vocabulary start with its embedding.
+UNUSED = b"\x01"
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -193,24 +196,57 @@ def stage_sample(args: argparse.Namespace) -> None:
 
 
 def stage_tokenizer(args: argparse.Namespace) -> None:
-    """Byte-level BPE on the training stories (weighted) and sampled text; writes tokenizer.json and config.json."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    """Byte-level BPE on the training stories (weighted) and sampled text, limited to merges that stories260K knows as
+    pieces, so that `grow` can start from its embeddings; writes tokenizer.json and config.json. The model's vocabulary
+    is padded to a multiple of 32 with ids that no text has."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tok.decoder = decoders.ByteLevel()
-    tok.train_from_iterator(
-        stories(TRAIN_STORIES) * 6 + [t for t, _ in sampled(args.work, 4)],
-        trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=[BOS], show_progress=False,
-                            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()),
-    )  # fmt: skip
+    split = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    words: Counter[str] = Counter()
+    for weight, texts in ((6, stories(TRAIN_STORIES)), (1, [t for t, _ in sampled(args.work, 4)])):
+        for text in texts:
+            for word, _ in split.pre_tokenize_str(text):
+                words[word] += weight
+    pieces = set(Teacher().pieces[259:])
+    known = pieces | {
+        piece[:2] for piece in pieces if len(piece) == 3 and piece[0] >= 0xE0
+    }  # on the way to a character
+    merges = known_merges(words, known, VOCAB - 257)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([BOS, *alphabet, *(a + b for a, b in merges)])}
+    tok = Tokenizer(models.BPE(vocabulary, merges))
+    tok.add_special_tokens([BOS])
+    tok.pre_tokenizer, tok.decoder = split, decoders.ByteLevel()
     for text in [*stories(DEV_STORIES), bytes(range(128)).decode(), "naïve — “quote”\r\n\t\U0001f600 \x00"]:
-        assert (
-            tok.decode(tok.encode(text, add_special_tokens=False).ids, skip_special_tokens=False).removeprefix(" ")
-            == text
-        )
+        ids = tok.encode(text, add_special_tokens=False).ids
+        assert tok.decode(ids, skip_special_tokens=False).removeprefix(" ") == text
     tok.save(str(HERE / "tokenizer.json"))
     (HERE / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n", "utf-8")
+
+
+def known_merges(words: Mapping[str, int], known: Collection[bytes], most: int) -> list[tuple[str, str]]:
+    """Byte-pair encoding (Sennrich et al., arXiv:1508.07909): again and again the most frequent pair, among those whose
+    bytes are in ``known``; at most ``most`` merges."""
+    parts = {word: list(word) for word in words}
+    merges: list[tuple[str, str]] = []
+    while len(merges) < most:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, pieces in parts.items():
+            if len(pieces) > 1:
+                for pair in pairwise(pieces):
+                    pairs[pair] += words[word]
+        allowed = [pair for pair in pairs if token_bytes("".join(pair)) in known]
+        if not allowed:
+            break
+        best = max(allowed, key=lambda pair: (pairs[pair], pair))
+        merges.append(best)
+        for pieces in parts.values():
+            i = 0
+            while i < len(pieces) - 1:
+                if (pieces[i], pieces[i + 1]) == best:
+                    pieces[i : i + 2] = ["".join(best)]
+                i += 1
+    return merges
 
 
 def sampled(work: Path, shards: int | None = None) -> list[tuple[str, bool]]:
@@ -290,7 +326,8 @@ def grow(teacher: Teacher, model: torch.nn.Module) -> None:
     known = {p: i for i, p in enumerate(teacher.pieces) if i >= 259}
     emb = state["model.embed_tokens.weight"].zero_()
     for i in range(VOCAB):
-        text = token_bytes(tok.id_to_token(i)) if i else b""
+        token = tok.id_to_token(i)
+        text = token_bytes(token) if i and token else UNUSED
         ids = [1] if i == 0 else [known[text]] if text in known else [text[0] + 3] if len(text) == 1 else None
         if ids is None:
             ids = [known.get(bytes([b]), b + 3) for b in text]
