@@ -47,3 +47,22 @@ def test_bias_correction_returns_the_mean_that_rounding_took() -> None:
 
     assert shift(plain).max() > 0.005
     assert shift(corrected).max() < 0.001
+
+
+def test_bias_correction_takes_tied_weights() -> None:
+    """The embedding table is the head's weight too, under two encodings."""
+
+    class Tied(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = torch.nn.Embedding(11, 8)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(torch.relu(self.embed(ids)), self.embed.weight)
+
+    ids = np.arange(11)[None]
+    graph = optimize(from_module(Tied().eval(), (torch.from_numpy(ids),), "tied").graph)
+    target, feeds = load_target("snapdragon-8-gen-3"), {graph.inputs[0]: ids}
+    plan = assign(graph, calibrate(graph, [feeds]), Recipe(), target)
+    corrected = correct_biases(graph, convert(graph, plan, target.numerics), feeds)
+    assert [len(node.inputs) for node in corrected.nodes if node.op == "linear"] == [3]

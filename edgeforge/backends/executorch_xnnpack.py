@@ -121,7 +121,7 @@ def _edits(graph: Graph) -> tuple[Edit, ...]:
         Edit("biases", "float32 constants", "XNNPACK takes its biases as floats"),
     ]
     if any(value.type.dtype == "u16" for value in graph.values.values()):
-        what = "float32, neither rounded nor saturated; so are the weights of layers that read them"
+        what = "float32, neither rounded nor saturated; so are the weights of layers that read or make them"
         edits.append(Edit("16-bit activations", what, "XNNPACK has no 16-bit integers"))
     for name in (*graph.inputs, *graph.outputs):
         if graph.type(name).dtype == "u16":

@@ -107,7 +107,7 @@ class _Module(nn.Module):
 class SignedModule(_Module):
     """For XNNPACK: 8-bit activations as int8 (codes - 128), inputs and outputs too, biases as floats. It has no 16-bit
     integers: such values stay float, unrounded, from the node that makes them to those that read them, and so do the
-    weights of layers that read them."""
+    weights of layers that read or make them."""
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         known = self.walk(dict(zip(self.graph.inputs, inputs, strict=True)))
@@ -129,7 +129,8 @@ class SignedModule(_Module):
     def stored(self, value: Value) -> torch.Tensor:
         assert value.data is not None
         kind = value.type
-        wide = any(self.graph.type(node.inputs[0]).dtype == "u16" for node in self.users[value.name])
+        layers = [name for node in self.users[value.name] for name in (node.inputs[0], node.output)]
+        wide = any(self.graph.type(name).dtype == "u16" for name in layers)
         if kind.dtype in ("i32", "u16") or (wide and kind.dtype in ("i8", "i4")):
             assert kind.q is not None
             return torch.from_numpy(kind.q.dequantize(value.data))

@@ -27,7 +27,7 @@ def correct_biases(graph: Graph, quantized: Graph, feeds: Mapping[str, np.ndarra
     for source, known in ((graph, exact), (quantized, rounded)):
         known.update({value.name: _real(value) for value in source.constants()})
     originals = graph.producers()
-    last = {name: users[-1].output for g in (graph, quantized) for name, users in g.users().items() if users}
+    last, rounded_last = _last_reads(graph), _last_reads(quantized)
     biases: dict[str, np.ndarray] = {}
     with torch.no_grad():
         for node in quantized.nodes:
@@ -45,7 +45,7 @@ def correct_biases(graph: Graph, quantized: Graph, feeds: Mapping[str, np.ndarra
                 exact[node.output] = _clamp(original, wanted)
                 _forget(original, exact, last)
             rounded[node.output] = _round(_clamp(node, got), quantized.type(node.output))
-            _forget(node, rounded, last)
+            _forget(node, rounded, rounded_last)
     return _with_biases(graph, biases)
 
 
@@ -74,6 +74,11 @@ def _run(graph: Graph, node: Node, known: Mapping[str, torch.Tensor]) -> torch.T
 
 def _clamp(node: Node, y: torch.Tensor) -> torch.Tensor:
     return y.clamp(*node.attrs["clamp"]) if "clamp" in node.attrs else y
+
+
+def _last_reads(graph: Graph) -> dict[str, str]:
+    """Value name -> the output of the node that reads it last."""
+    return {name: users[-1].output for name, users in graph.users().items() if users}
 
 
 def _forget(node: Node, known: dict[str, Any], last: Mapping[str, str]) -> None:

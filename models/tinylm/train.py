@@ -33,6 +33,7 @@ HERE = Path(__file__).resolve().parent
 DATA = Path(os.environ.get("EDGEFORGE_DATA", HERE.parents[1].parent / "shared" / "data"))
 TRAIN_STORIES, PICK_STORIES, DEV_STORIES = slice(0, 550), slice(550, 600), slice(600, 800)
 BOS, VOCAB, CONTEXT = "<s>", 416, 512
+LONGEST = 200  # tokens of a sampled story in calibration.txt and heldout.txt
 #: A byte that no text holds; ids that fill up the vocabulary start with its embedding.
 UNUSED = b"\x01"
 CONFIG = {
@@ -473,7 +474,7 @@ def stage_prompts(args: argparse.Namespace) -> None:
         rng, text = torch.Generator().manual_seed(args.seed + seed), ""
         while len(text.encode()) < size:
             ids = torch.zeros(16, 1, dtype=torch.int64)
-            while ids.shape[1] < CONTEXT and not bool((ids[:, 1:] == 0).any(1).all()):
+            while ids.shape[1] < LONGEST and not bool((ids[:, 1:] == 0).any(1).all()):
                 logits = model(ids)[:, -1]
                 noise = torch.empty_like(logits).exponential_(generator=rng)
                 ids = torch.cat([ids, (logits - noise.log()).argmax(-1, keepdim=True)], 1)
