@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 
 import edgeforge.ops  # noqa: F401
 from edgeforge.errors import InvalidGraph
+from edgeforge.ir import qfloat
 from edgeforge.ir.fixed import channel_scale
 from edgeforge.ir.graph import Graph, Node
 from edgeforge.ir.op import OPS
 from edgeforge.ir.rules import PROFILES
 from edgeforge.ir.types import NUMPY, RANGE, QParams, TensorType, Value
 from edgeforge.quantize.convert import with_profile
-from edgeforge.sim import fast, rounding, threads
+from edgeforge.sim import fast, rounding, rows, threads
 from edgeforge.sim.evaluate import simulate
 from edgeforge.sim.fast import Fast
 from edgeforge.sim.reference import Reference
@@ -217,18 +218,58 @@ def test_functions_of_one_operand(data: st.DataObject) -> None:
 @checks
 def test_softmax_and_normalization(data: st.DataObject) -> None:
     r = Random(data)
-    shape = (*r.draw(st.sampled_from([(2,), (2, 3), (1, 2, 5)])), 7)
+    depth = r.draw(st.sampled_from([1, 7, 70]))
+    shape = (*r.draw(st.sampled_from([(2,), (2, 3), (1, 2, 5)])), depth)
     x = r.act("x", shape, r.draw(WIDTHS))
     op, out = r.draw(st.sampled_from(["softmax", "rms_norm", "layer_norm"])), r.draw(WIDTHS)
     if op == "softmax":
         r.agree(r.graph(op, [x], out, axis=r.draw(st.sampled_from([len(shape) - 1, 0]))))
         return
-    constants = [r.act("w", (7,), r.draw(WIDTHS), const=True)]
+    constants = [r.act("w", (depth,), r.draw(WIDTHS), const=True)]
     if op == "layer_norm":
         q = QParams(np.float32(r.values["x"].type.q.scale * r.values["w"].type.q.scale))  # type: ignore[union-attr]
-        r.values["b"] = Value("b", TensorType((7,), "i32", q), r.rng.integers(-9999, 9999, 7).astype(np.int32))
+        r.values["b"] = Value("b", TensorType((depth,), "i32", q), r.rng.integers(-9999, 9999, depth).astype(np.int32))
         constants.append("b")
-    r.agree(r.graph(op, [x, *constants], out, eps=1e-5))
+    r.agree(r.graph(op, [x, *constants], out, eps=r.draw(st.sampled_from([1e-5, 1e-12, 1.0]))))
+
+
+@pytest.mark.parametrize("dtype", ["u8", "u16"])
+def test_centered_codes_of_zero_keep_their_sign_in_a_normalization(dtype: str) -> None:
+    q = QParams(np.float32(0.01), 100)
+    gains = np.array([90, 100, 110, 100], np.uint8)
+    values = {
+        "x": Value("x", TensorType((3, 4), dtype, q)),
+        "w": Value("w", TensorType((4,), "u8", q), gains),
+        "y": Value("y", TensorType((3, 4), dtype, q)),
+    }
+    graph = Graph("one", "integer", ("x",), (Node("rms_norm", ("x", "w"), "y", {"eps": 1e-5}),), ("y",), values)
+    feeds = {"x": np.array([[100] * 4, [100, 90, 110, 110], [0, 100, 100, 255]], NUMPY[dtype])}
+    rounded = with_profile(graph, "htp-v73")
+    np.testing.assert_array_equal(simulate(rounded, feeds, Fast())["y"], simulate(rounded, feeds, Reference())["y"])
+
+
+def some_floats(seed: int, count: int = 100_000) -> np.ndarray:
+    """float32 of both signs: random bits, short significands (ties), zeros."""
+    rng = np.random.default_rng(seed)
+    x = np.ldexp(rng.integers(0, 2**24, count).astype(np.float64), rng.integers(-60, 40, count))
+    x[::3] = np.ldexp(rng.integers(1, 64, count).astype(np.float64), rng.integers(-12, 12, count))[::3]
+    x[::50] = 0
+    return np.copysign(x, rng.choice([-1.0, 1.0], count)).astype(np.float32)
+
+
+def test_compiled_vector_float_equals_the_readable_one() -> None:
+    a, b = some_floats(0), some_floats(1)
+    each = range(0, len(a), 10)
+    np.testing.assert_array_equal(bits(rows.multiply(a[i], b[i]) for i in each), bits(qfloat.multiply(a, b)[::10]))
+    total = [i for i in each if np.float64(a[i]) + b[i] >= 0]
+    np.testing.assert_array_equal(bits(rows.add(a[i], b[i]) for i in total), bits(qfloat.add(a, b)[total]))
+    roots = bits(rows.rsqrt(x) for x in np.abs(a[::10]))
+    np.testing.assert_array_equal(roots, bits(qfloat.rsqrt(np.abs(a[::10]))))
+
+
+def bits(values: Iterable[Any]) -> np.ndarray:
+    """The bit patterns of float32 values: zeros of both signs differ."""
+    return np.array(list(values), np.float32).view(np.int32)
 
 
 @checks

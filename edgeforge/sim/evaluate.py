@@ -40,7 +40,7 @@ def run_float(graph: Graph, feeds: Mapping[str, np.ndarray], observe: Observer |
 
     assert graph.level == "float", graph.level
     check_feeds(graph, feeds)
-    # Torch's own memory is aligned alike in every run; on NumPy's the order of vectorized sums, and so the last bit, vary.
+    # Torch's own memory is aligned alike in every run; on NumPy's, the order of sums and so the last bit vary.
     constants = {value.name: torch.tensor(value.data) for value in graph.constants()}
     inputs = {name: torch.tensor(array) for name, array in feeds.items()}
     with torch.no_grad():

@@ -24,7 +24,7 @@ from edgeforge.ir.rules.exact import apply_table
 from edgeforge.ir.types import NUMPY
 from edgeforge.sim import compiled
 from edgeforge.sim.reference import Array, Reference
-from edgeforge.sim.rounding import Finish, finish, pairwise
+from edgeforge.sim.rounding import Finish, finish, pairwise, rowwise
 from edgeforge.sim.threads import Scratch, own_threads, ranges, spread
 
 T = TypeVar("T")
@@ -287,13 +287,18 @@ def _elementwise(n: NodeView, a: Array, b: Array) -> Array:
 
 def _by_rows(n: NodeView, x: Array, *constants: Array) -> Array:
     """A rule that works along the last axis, on some rows at a time."""
-    rows = np.ascontiguousarray(x).reshape((1,) * (x.ndim - 2) + (-1, x.shape[-1]))
+    depth, loop, apply = x.shape[-1], rowwise(n), RULES[n.node.rule].apply
+    rows = np.ascontiguousarray(x).reshape(-1, depth)
     out = np.empty(rows.shape, NUMPY[n.out.dtype])
+    as_one = (1,) * (x.ndim - 2) + (-1, depth)
 
     def block(s: slice) -> None:
-        out[..., s, :] = RULES[n.node.rule].apply(n, rows[..., s, :], *constants)
+        if loop is not None:
+            loop(rows[s], out[s])
+        else:
+            out[s] = apply(n, rows[s].reshape(as_one), *constants).reshape(-1, depth)
 
-    spread(block, ranges(rows.shape[-2], max(CODES // x.shape[-1], 1)))
+    spread(block, ranges(len(rows), max(CODES // depth, 1)))
     return out.reshape(x.shape)
 
 

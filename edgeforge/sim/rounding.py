@@ -1,4 +1,5 @@
-"""Rounding in one pass over a block: after a dot product (`finish`), and of two operands (`pairwise`).
+"""Rounding in one pass over a block: after a dot product (`finish`), of two operands (`pairwise`), along the last axis
+(`rowwise`).
 
 Rules that networks spend their time in have a compiled loop, which equals the rule's ``apply`` for every input (the
 tests compare the two); any other rule is applied to the block as it is."""
@@ -13,8 +14,9 @@ import numpy as np
 
 from edgeforge.ir.graph import NodeView
 from edgeforge.ir.rules import RULES
+from edgeforge.ir.rules.htp_norm import QUARTERS
 from edgeforge.ir.types import NUMPY
-from edgeforge.sim import compiled
+from edgeforge.sim import compiled, rows
 
 Array = np.ndarray
 
@@ -176,3 +178,24 @@ def _htp_product16(n: NodeView) -> Callable[[Array, Array, Array], None]:
 
 
 _PAIRS = {"htp_sum16": _htp_sum16, "htp_product16": _htp_product16}
+
+
+def rowwise(n: NodeView) -> Callable[[Array, Array], None] | None:
+    """A compiled loop (codes, output codes) on rows [R, C], for a rule along the last axis; None if there is none."""
+    make = _ROWS.get(n.node.rule)
+    return None if make is None else make(n)
+
+
+def _htp_rms_norm(n: NodeView) -> Callable[[Array, Array], None]:
+    gain, eps = (np.asarray(n.fixed[key], np.int32).view(np.float32) for key in ("gain", "eps"))
+    loop = rows.rms_norm8 if n.node.rule == "htp_rms_norm8" else rows.rms_norm16
+    limits = [int(x) for x in (n.q(-1).zero, n.fixed["low"], n.fixed["high"])]
+    return lambda codes, out: loop(codes, n.zero(0), gain, eps[()], *limits, out)
+
+
+def _htp_softmax16(n: NodeView) -> Callable[[Array, Array], None]:
+    constants = [int(n.fixed[key]) for key in ("step", "low", "high")]
+    return lambda codes, out: rows.softmax16(codes, QUARTERS, *constants, np.empty(codes.shape[1], np.int64), out)
+
+
+_ROWS = {"htp_rms_norm8": _htp_rms_norm, "htp_rms_norm16": _htp_rms_norm, "htp_softmax16": _htp_softmax16}
