@@ -20,6 +20,7 @@ from edgeforge.ir.fixed import channel_scale
 from edgeforge.ir.graph import Graph, Node
 from edgeforge.ir.op import OPS
 from edgeforge.ir.rules import PROFILES
+from edgeforge.ir.rules.htp_unary import measured_node
 from edgeforge.ir.types import NUMPY, RANGE, QParams, TensorType, Value
 from edgeforge.quantize.convert import with_profile
 from edgeforge.sim import fast, rounding, rows, threads
@@ -153,18 +154,18 @@ def test_block_wise_linear(data: st.DataObject) -> None:
     r.agree(r.graph("linear", [x, "w"], r.draw(WIDTHS)))
 
 
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("kind", ["dense", "pointwise", "grouped", "depthwise"])
 @checks
-def test_convolution(data: st.DataObject) -> None:
+def test_convolution(kind: str, step: int, data: st.DataObject) -> None:
     r = Random(data)
-    kind = r.draw(st.sampled_from(["dense", "pointwise", "grouped", "depthwise"]))
     groups = r.size(2, 9) if kind in ("grouped", "depthwise") else 1
     depth = 1 if kind == "depthwise" else r.size(1, 5)
     channels = groups if kind == "depthwise" else groups * r.size(1, 4)
     kernel = (1, 1) if kind == "pointwise" else (r.size(1, 4), r.size(1, 4))
     x = r.act("x", (r.size(1, 3), groups * depth, r.size(4, 9), r.size(4, 9)), r.draw(WIDTHS))
-    step = (1, 1) if r.draw(st.booleans()) else (2, 2)
     attrs = {
-        "stride": step,
+        "stride": (step, step),
         "dilation": (r.size(1, 2), r.size(1, 2)) if max(kernel) < 3 else (1, 1),
         "pads": tuple(r.size(0, 2) for _ in range(4)),
         "groups": groups,
@@ -189,8 +190,9 @@ def test_product_of_activations(data: st.DataObject) -> None:
     r.agree(r.graph("matmul", [a, b], r.draw(WIDTHS)))
 
 
+@pytest.mark.parametrize("op", ["add", "sub", "mul"])
 @checks
-def test_operations_of_two_operands(data: st.DataObject) -> None:
+def test_operations_of_two_operands(op: str, data: st.DataObject) -> None:
     r = Random(data)
     shape = (2, 3, 4, 5)
     other = r.draw(st.sampled_from([shape, (1, 3, 1, 1), (5,), (), (2, 1, 4, 1), (1, 1, 1, 1)]))
@@ -199,29 +201,45 @@ def test_operations_of_two_operands(data: st.DataObject) -> None:
     if r.draw(st.booleans()):
         r.feeds["a"] = np.ascontiguousarray(r.feeds["a"].transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
     inputs = [a, b] if r.draw(st.booleans()) else [b, a]
-    r.agree(r.graph(r.draw(st.sampled_from(["add", "sub", "mul"])), inputs, r.draw(WIDTHS), **r.clamp()))
+    r.agree(r.graph(op, inputs, r.draw(WIDTHS), **r.clamp()))
 
 
 UNARY = ("requantize", "relu", "sigmoid", "silu", "tanh", "exp", "sqrt", "neg", "hardswish")
 
 
+@pytest.mark.parametrize("width", ["u8", "u16"])
+@pytest.mark.parametrize("op", UNARY)
 @checks
-def test_functions_of_one_operand(data: st.DataObject) -> None:
+def test_functions_of_one_operand(op: str, width: str, data: st.DataObject) -> None:
+    """Tensors of an odd and an even number of codes, one by one and in a batch."""
     r = Random(data)
-    x = r.act("x", (2, 3, 4, 5), r.draw(WIDTHS))
+    x = r.act("x", (1, 3, 4, r.size(5, 6) if r.draw(st.booleans()) else 25), width)
+    graph = r.graph(op, [x], r.draw(WIDTHS))
+    r.feeds["x"] = r.codes((r.size(1, 3), *r.values["x"].type.shape[1:]), width)
     if r.draw(st.booleans()):
         r.feeds["x"] = np.ascontiguousarray(r.feeds["x"].transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
     with np.errstate(all="ignore"):
-        r.agree(r.graph(r.draw(st.sampled_from(UNARY)), [x], r.draw(WIDTHS)))
+        r.agree(graph)
 
 
+def test_a_measured_table_is_looked_up() -> None:
+    q = QParams(np.float32(0.01), 100)
+    values = {name: Value(name, TensorType((1, 300), "u16", q)) for name in ("x", "y")}
+    table = np.random.default_rng(0).permutation(65536).astype(np.uint16)
+    node = measured_node(Node("sigmoid", ("x",), "y"), table, "htp-v73")
+    graph = Graph("one", "integer", ("x",), (node,), ("y",), values)
+    x = np.random.default_rng(1).integers(0, 65536, (2, 300)).astype(np.uint16)
+    np.testing.assert_array_equal(simulate(graph, {"x": x}, Fast())["y"], table[x])
+
+
+@pytest.mark.parametrize("op", ["softmax", "rms_norm", "layer_norm"])
 @checks
-def test_softmax_and_normalization(data: st.DataObject) -> None:
+def test_softmax_and_normalization(op: str, data: st.DataObject) -> None:
     r = Random(data)
     depth = r.draw(st.sampled_from([1, 7, 70]))
     shape = (*r.draw(st.sampled_from([(2,), (2, 3), (1, 2, 5)])), depth)
     x = r.act("x", shape, r.draw(WIDTHS))
-    op, out = r.draw(st.sampled_from(["softmax", "rms_norm", "layer_norm"])), r.draw(WIDTHS)
+    out = r.draw(WIDTHS)
     if op == "softmax":
         r.agree(r.graph(op, [x], out, axis=r.draw(st.sampled_from([len(shape) - 1, 0]))))
         return
