@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -368,3 +372,21 @@ def test_blocks_are_each_worked_on_once() -> None:
         threads.spread(seen.append, range(1000))
     assert sorted(seen) == list(range(1000))
     assert [(s.start, s.stop) for s in threads.ranges(10, 4)] == [(0, 3), (3, 6), (6, 10)]
+
+
+FULL_DISK = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+import numpy as np
+from edgeforge.sim.compiled import look_up
+out = np.zeros(2, np.uint8)
+look_up(np.arange(9, dtype=np.uint8), np.array([3, 5], np.uint8), out)
+print(out)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files as Linux does")
+def test_a_disk_that_takes_no_compiled_loops_is_no_reason_to_fail(tmp_path: Path) -> None:
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", FULL_DISK], env=environment, capture_output=True, text=True)
+    assert done.stdout == "[3 5]\n", done.stderr

@@ -6,18 +6,28 @@ the channel in question, or LLVM would not vectorize them. Each runs in one thre
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from numba import njit
+from numba.core.caching import FunctionCache
+
+
+class _Files(FunctionCache):
+    """numba's files on disk, which a run can do without: a full disk is no reason to fail."""
+
+    def save_overload(self, *made: Any) -> None:
+        with suppress(OSError):
+            super().save_overload(*made)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiled at the first call and kept on disk; where no folder can be written, compiled in every process."""
-    try:
-        return njit(nogil=True, cache=True)(function)
-    except RuntimeError:
-        return njit(nogil=True)(function)
+    loop = njit(nogil=True)(function)
+    with suppress(RuntimeError):
+        loop._cache = _Files(function)
+    return loop
 
 
 @compiled
