@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,13 +19,15 @@ from hypothesis import strategies as st
 
 import edgeforge.ops  # noqa: F401
 from edgeforge.errors import InvalidGraph
+from edgeforge.ir import qfloat
 from edgeforge.ir.fixed import channel_scale
 from edgeforge.ir.graph import Graph, Node
 from edgeforge.ir.op import OPS
 from edgeforge.ir.rules import PROFILES
+from edgeforge.ir.rules.htp_unary import measured_node
 from edgeforge.ir.types import NUMPY, RANGE, QParams, TensorType, Value
 from edgeforge.quantize.convert import with_profile
-from edgeforge.sim import fast, rounding, threads
+from edgeforge.sim import fast, rounding, rows, threads
 from edgeforge.sim.evaluate import simulate
 from edgeforge.sim.fast import Fast
 from edgeforge.sim.reference import Reference
@@ -152,18 +158,18 @@ def test_block_wise_linear(data: st.DataObject) -> None:
     r.agree(r.graph("linear", [x, "w"], r.draw(WIDTHS)))
 
 
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("kind", ["dense", "pointwise", "grouped", "depthwise"])
 @checks
-def test_convolution(data: st.DataObject) -> None:
+def test_convolution(kind: str, step: int, data: st.DataObject) -> None:
     r = Random(data)
-    kind = r.draw(st.sampled_from(["dense", "pointwise", "grouped", "depthwise"]))
     groups = r.size(2, 9) if kind in ("grouped", "depthwise") else 1
     depth = 1 if kind == "depthwise" else r.size(1, 5)
     channels = groups if kind == "depthwise" else groups * r.size(1, 4)
     kernel = (1, 1) if kind == "pointwise" else (r.size(1, 4), r.size(1, 4))
     x = r.act("x", (r.size(1, 3), groups * depth, r.size(4, 9), r.size(4, 9)), r.draw(WIDTHS))
-    step = (1, 1) if r.draw(st.booleans()) else (2, 2)
     attrs = {
-        "stride": step,
+        "stride": (step, step),
         "dilation": (r.size(1, 2), r.size(1, 2)) if max(kernel) < 3 else (1, 1),
         "pads": tuple(r.size(0, 2) for _ in range(4)),
         "groups": groups,
@@ -188,8 +194,9 @@ def test_product_of_activations(data: st.DataObject) -> None:
     r.agree(r.graph("matmul", [a, b], r.draw(WIDTHS)))
 
 
+@pytest.mark.parametrize("op", ["add", "sub", "mul"])
 @checks
-def test_operations_of_two_operands(data: st.DataObject) -> None:
+def test_operations_of_two_operands(op: str, data: st.DataObject) -> None:
     r = Random(data)
     shape = (2, 3, 4, 5)
     other = r.draw(st.sampled_from([shape, (1, 3, 1, 1), (5,), (), (2, 1, 4, 1), (1, 1, 1, 1)]))
@@ -198,37 +205,93 @@ def test_operations_of_two_operands(data: st.DataObject) -> None:
     if r.draw(st.booleans()):
         r.feeds["a"] = np.ascontiguousarray(r.feeds["a"].transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
     inputs = [a, b] if r.draw(st.booleans()) else [b, a]
-    r.agree(r.graph(r.draw(st.sampled_from(["add", "sub", "mul"])), inputs, r.draw(WIDTHS), **r.clamp()))
+    r.agree(r.graph(op, inputs, r.draw(WIDTHS), **r.clamp()))
 
 
 UNARY = ("requantize", "relu", "sigmoid", "silu", "tanh", "exp", "sqrt", "neg", "hardswish")
 
 
+@pytest.mark.parametrize("width", ["u8", "u16"])
+@pytest.mark.parametrize("op", UNARY)
 @checks
-def test_functions_of_one_operand(data: st.DataObject) -> None:
+def test_functions_of_one_operand(op: str, width: str, data: st.DataObject) -> None:
+    """Tensors of an odd and an even number of codes, one by one and in a batch."""
     r = Random(data)
-    x = r.act("x", (2, 3, 4, 5), r.draw(WIDTHS))
+    x = r.act("x", (1, 3, 4, r.size(5, 6) if r.draw(st.booleans()) else 25), width)
+    graph = r.graph(op, [x], r.draw(WIDTHS))
+    r.feeds["x"] = r.codes((r.size(1, 3), *r.values["x"].type.shape[1:]), width)
     if r.draw(st.booleans()):
         r.feeds["x"] = np.ascontiguousarray(r.feeds["x"].transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
     with np.errstate(all="ignore"):
-        r.agree(r.graph(r.draw(st.sampled_from(UNARY)), [x], r.draw(WIDTHS)))
+        r.agree(graph)
 
 
+def test_a_measured_table_is_looked_up() -> None:
+    q = QParams(np.float32(0.01), 100)
+    values = {name: Value(name, TensorType((1, 300), "u16", q)) for name in ("x", "y")}
+    table = np.random.default_rng(0).permutation(65536).astype(np.uint16)
+    node = measured_node(Node("sigmoid", ("x",), "y"), table, "htp-v73")
+    graph = Graph("one", "integer", ("x",), (node,), ("y",), values)
+    x = np.random.default_rng(1).integers(0, 65536, (2, 300)).astype(np.uint16)
+    np.testing.assert_array_equal(simulate(graph, {"x": x}, Fast())["y"], table[x])
+
+
+@pytest.mark.parametrize("op", ["softmax", "rms_norm", "layer_norm"])
 @checks
-def test_softmax_and_normalization(data: st.DataObject) -> None:
+def test_softmax_and_normalization(op: str, data: st.DataObject) -> None:
     r = Random(data)
-    shape = (*r.draw(st.sampled_from([(2,), (2, 3), (1, 2, 5)])), 7)
+    depth = r.draw(st.sampled_from([1, 7, 70]))
+    shape = (*r.draw(st.sampled_from([(2,), (2, 3), (1, 2, 5)])), depth)
     x = r.act("x", shape, r.draw(WIDTHS))
-    op, out = r.draw(st.sampled_from(["softmax", "rms_norm", "layer_norm"])), r.draw(WIDTHS)
+    out = r.draw(WIDTHS)
     if op == "softmax":
         r.agree(r.graph(op, [x], out, axis=r.draw(st.sampled_from([len(shape) - 1, 0]))))
         return
-    constants = [r.act("w", (7,), r.draw(WIDTHS), const=True)]
+    constants = [r.act("w", (depth,), r.draw(WIDTHS), const=True)]
     if op == "layer_norm":
         q = QParams(np.float32(r.values["x"].type.q.scale * r.values["w"].type.q.scale))  # type: ignore[union-attr]
-        r.values["b"] = Value("b", TensorType((7,), "i32", q), r.rng.integers(-9999, 9999, 7).astype(np.int32))
+        r.values["b"] = Value("b", TensorType((depth,), "i32", q), r.rng.integers(-9999, 9999, depth).astype(np.int32))
         constants.append("b")
-    r.agree(r.graph(op, [x, *constants], out, eps=1e-5))
+    r.agree(r.graph(op, [x, *constants], out, eps=r.draw(st.sampled_from([1e-5, 1e-12, 1.0]))))
+
+
+@pytest.mark.parametrize("dtype", ["u8", "u16"])
+def test_centered_codes_of_zero_keep_their_sign_in_a_normalization(dtype: str) -> None:
+    q = QParams(np.float32(0.01), 100)
+    gains = np.array([90, 100, 110, 100], np.uint8)
+    values = {
+        "x": Value("x", TensorType((3, 4), dtype, q)),
+        "w": Value("w", TensorType((4,), "u8", q), gains),
+        "y": Value("y", TensorType((3, 4), dtype, q)),
+    }
+    graph = Graph("one", "integer", ("x",), (Node("rms_norm", ("x", "w"), "y", {"eps": 1e-5}),), ("y",), values)
+    feeds = {"x": np.array([[100] * 4, [100, 90, 110, 110], [0, 100, 100, 255]], NUMPY[dtype])}
+    rounded = with_profile(graph, "htp-v73")
+    np.testing.assert_array_equal(simulate(rounded, feeds, Fast())["y"], simulate(rounded, feeds, Reference())["y"])
+
+
+def some_floats(seed: int, count: int = 100_000) -> np.ndarray:
+    """float32 of both signs: random bits, short significands (ties), zeros."""
+    rng = np.random.default_rng(seed)
+    x = np.ldexp(rng.integers(0, 2**24, count).astype(np.float64), rng.integers(-60, 40, count))
+    x[::3] = np.ldexp(rng.integers(1, 64, count).astype(np.float64), rng.integers(-12, 12, count))[::3]
+    x[::50] = 0
+    return np.copysign(x, rng.choice([-1.0, 1.0], count)).astype(np.float32)
+
+
+def test_compiled_vector_float_equals_the_readable_one() -> None:
+    a, b = some_floats(0), some_floats(1)
+    each = range(0, len(a), 10)
+    np.testing.assert_array_equal(bits(rows.multiply(a[i], b[i]) for i in each), bits(qfloat.multiply(a, b)[::10]))
+    total = [i for i in each if np.float64(a[i]) + b[i] >= 0]
+    np.testing.assert_array_equal(bits(rows.add(a[i], b[i]) for i in total), bits(qfloat.add(a, b)[total]))
+    roots = bits(rows.rsqrt(x) for x in np.abs(a[::10]))
+    np.testing.assert_array_equal(roots, bits(qfloat.rsqrt(np.abs(a[::10]))))
+
+
+def bits(values: Iterable[Any]) -> np.ndarray:
+    """The bit patterns of float32 values: zeros of both signs differ."""
+    return np.array(list(values), np.float32).view(np.int32)
 
 
 @checks
@@ -309,3 +372,21 @@ def test_blocks_are_each_worked_on_once() -> None:
         threads.spread(seen.append, range(1000))
     assert sorted(seen) == list(range(1000))
     assert [(s.start, s.stop) for s in threads.ranges(10, 4)] == [(0, 3), (3, 6), (6, 10)]
+
+
+FULL_DISK = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+import numpy as np
+from edgeforge.sim.compiled import look_up
+out = np.zeros(2, np.uint8)
+look_up(np.arange(9, dtype=np.uint8), np.array([3, 5], np.uint8), out)
+print(out)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files as Linux does")
+def test_a_disk_that_takes_no_compiled_loops_is_no_reason_to_fail(tmp_path: Path) -> None:
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", FULL_DISK], env=environment, capture_output=True, text=True)
+    assert done.stdout == "[3 5]\n", done.stderr

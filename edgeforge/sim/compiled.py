@@ -6,18 +6,28 @@ the channel in question, or LLVM would not vectorize them. Each runs in one thre
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from numba import njit
+from numba.core.caching import FunctionCache
+
+
+class _Files(FunctionCache):
+    """numba's files on disk, which a run can do without: a full disk is no reason to fail."""
+
+    def save_overload(self, *made: Any) -> None:
+        with suppress(OSError):
+            super().save_overload(*made)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiled at the first call and kept on disk; where no folder can be written, compiled in every process."""
-    try:
-        return njit(nogil=True, cache=True)(function)
-    except RuntimeError:
-        return njit(nogil=True)(function)
+    loop = njit(nogil=True)(function)
+    with suppress(RuntimeError):
+        loop._cache = _Files(function)
+    return loop
 
 
 @compiled
@@ -75,32 +85,32 @@ def depthwise(codes, weights, byte, fill, kernel, stride, dilation, corner, size
 
 
 @compiled
-def htp8(sums, row, column, base, shift, mult, zero, low, high, codes):
-    """The rule htp8 in 32 bits: |h| >= 8192 saturates 8-bit codes whatever the multiplier (2**11..2**12)."""
+def htp8(sums, row, column, base, shift, mult, added, zero, low, high, codes):
+    """``(h * mult + added) >> 16`` with ``h = sum >> shift``, in 32 bits: the rules htp8 and htp8_v68 for 8-bit codes,
+    which |h| >= 8192 saturates whatever the multiplier (at least 2**12)."""
     width = sums.shape[1]
-    b, s, m = base[column : column + width], shift[column : column + width], mult[column : column + width]
+    b, s = base[column : column + width], shift[column : column + width]
+    m, a = mult[column : column + width], added[column : column + width]
     for i in range(sums.shape[0]):
         acc, out = sums[i], codes[row + i, column : column + width]
         for c in range(width):
             h = np.int32(np.int32(acc[c] + b[c]) >> (s[c] & np.int32(31)))
             h = np.int32(min(max(h, np.int32(-8192)), np.int32(8191)))
-            product = np.int32(np.int32(np.int32(np.int32(2) * h + np.int32(1)) * m[c]) + np.int32(32768))
-            code = np.int32(np.int32(product >> np.int32(16)) + zero)
+            code = np.int32(np.int32(np.int32(np.int32(h * m[c]) + a[c]) >> np.int32(16)) + zero)
             out[c] = np.int32(min(max(code, low), high))
 
 
 @compiled
-def htp8_wide(sums, row, column, base, left, right, mult, zero, low, high, codes):
-    """The rule htp8 in 64 bits, shifted ``left`` or ``right``, for codes of any width."""
+def htp8_wide(sums, row, column, base, left, right, mult, added, zero, low, high, codes):
+    """As `htp8` in 64 bits, shifted ``left`` or ``right``, for codes of any width."""
     width = sums.shape[1]
     up, down = left[column : column + width], right[column : column + width]
-    b, m = base[column : column + width], mult[column : column + width]
+    b, m, a = base[column : column + width], mult[column : column + width], added[column : column + width]
     for i in range(sums.shape[0]):
         acc, out = sums[i], codes[row + i, column : column + width]
         for c in range(width):
             h = ((acc[c] + b[c]) << (up[c] & 63)) >> (down[c] & 63)
-            code = (((2 * h + 1) * m[c] + 32768) >> 16) + zero
-            out[c] = min(max(code, low), high)
+            out[c] = min(max(((h * m[c] + a[c]) >> 16) + zero, low), high)
 
 
 @compiled
@@ -159,6 +169,16 @@ def htp_product(a, b, zero_a, zero_b, taken, mult, shift, offset, step, low, hig
         lower = ((product & 0xFFFF) * mult + half) >> 15
         fine = (((product >> 16) * mult << 1) + lower) >> (shift - 15)
         out[i] = min(max((fine + offset + half_step) >> step, low), high)
+
+
+@compiled
+def affine(codes, first, center, mult, even, odd, shift, offset, step, low, high, out):
+    """``((((code - center) * mult + lane) >> shift) + offset) >> step``, all one-dimensional; lane: ``even`` or ``odd``
+    as ``first`` plus the index is."""
+    for i in range(codes.size):
+        lane = odd if (first + i) & 1 else even
+        fine = ((np.int64(codes[i]) - center) * mult + lane) >> shift
+        out[i] = min(max((fine + offset) >> step, low), high)
 
 
 @compiled

@@ -20,11 +20,10 @@ from edgeforge.ir.fixed import expand_blocks
 from edgeforge.ir.graph import Graph, NodeView
 from edgeforge.ir.op import OPS
 from edgeforge.ir.rules import RULES
-from edgeforge.ir.rules.exact import apply_table
 from edgeforge.ir.types import NUMPY
 from edgeforge.sim import compiled
 from edgeforge.sim.reference import Array, Reference
-from edgeforge.sim.rounding import Finish, finish, pairwise
+from edgeforge.sim.rounding import Finish, finish, lanewise, pairwise, rowwise
 from edgeforge.sim.threads import Scratch, own_threads, ranges, spread
 
 T = TypeVar("T")
@@ -89,7 +88,11 @@ class Fast(Reference):
         return np.matmul(a.astype(np.float64), b.astype(np.float64)).astype(np.int64)
 
     def table(self, n: NodeView, x: Array) -> Array:
-        if RULES[n.node.rule].apply is not apply_table or x.size < WORTH_A_TABLE:
+        if x.size < WORTH_A_TABLE:
+            return self.apply(n, x)
+        if (loop := lanewise(n)) is not None:
+            return _by_lanes(n, x, loop)
+        if "table" not in n.fixed:
             return self.apply(n, x)
         table = n.fixed["table"]
         flat, out, result = _flat(x, x), *_like(x, table.dtype)
@@ -285,15 +288,34 @@ def _elementwise(n: NodeView, a: Array, b: Array) -> Array:
     return result
 
 
+def _by_lanes(n: NodeView, x: Array, loop: Callable[[Array, int, Array], None]) -> Array:
+    """A function of one operand that counts the codes of each tensor (of a batch, each member's)."""
+    flat, out = np.ascontiguousarray(x).reshape(-1), np.empty(x.size, NUMPY[n.out.dtype])
+    members = range(0, x.size, n.out.size)
+    blocks = [(at, s) for at in members for s in ranges(min(n.out.size, x.size - at), SUMS)]
+
+    def block(work: tuple[int, slice]) -> None:
+        at, s = work
+        loop(flat[at + s.start : at + s.stop], s.start, out[at + s.start : at + s.stop])
+
+    spread(block, blocks)
+    return out.reshape(x.shape)
+
+
 def _by_rows(n: NodeView, x: Array, *constants: Array) -> Array:
     """A rule that works along the last axis, on some rows at a time."""
-    rows = np.ascontiguousarray(x).reshape((1,) * (x.ndim - 2) + (-1, x.shape[-1]))
+    depth, loop, apply = x.shape[-1], rowwise(n), RULES[n.node.rule].apply
+    rows = np.ascontiguousarray(x).reshape(-1, depth)
     out = np.empty(rows.shape, NUMPY[n.out.dtype])
+    as_one = (1,) * (x.ndim - 2) + (-1, depth)
 
     def block(s: slice) -> None:
-        out[..., s, :] = RULES[n.node.rule].apply(n, rows[..., s, :], *constants)
+        if loop is not None:
+            loop(rows[s], out[s])
+        else:
+            out[s] = apply(n, rows[s].reshape(as_one), *constants).reshape(-1, depth)
 
-    spread(block, ranges(rows.shape[-2], max(CODES // x.shape[-1], 1)))
+    spread(block, ranges(len(rows), max(CODES // depth, 1)))
     return out.reshape(x.shape)
 
 

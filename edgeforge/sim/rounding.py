@@ -1,4 +1,5 @@
-"""Rounding in one pass over a block: after a dot product (`finish`), and of two operands (`pairwise`).
+"""Rounding in one pass over a block: after a dot product (`finish`), of two operands (`pairwise`), of one (`lanewise`),
+along the last axis (`rowwise`).
 
 Rules that networks spend their time in have a compiled loop, which equals the rule's ``apply`` for every input (the
 tests compare the two); any other rule is applied to the block as it is."""
@@ -13,8 +14,9 @@ import numpy as np
 
 from edgeforge.ir.graph import NodeView
 from edgeforge.ir.rules import RULES
+from edgeforge.ir.rules.htp_norm import QUARTERS
 from edgeforge.ir.types import NUMPY
-from edgeforge.sim import compiled
+from edgeforge.sim import compiled, rows
 
 Array = np.ndarray
 
@@ -75,12 +77,12 @@ def finish(n: NodeView, channels: int, lowered: int) -> Finish:
 
 def _fits(n: NodeView, planes: int) -> bool:
     """Whether a compiled loop covers the node: the width of input codes that its rule is made for, and its shifts."""
-    if planes != (2 if n.node.rule == "htp16" else 1):
+    if planes != (2 if RULES[n.node.rule].bytewise else 1):
         return False
     shift = np.asarray(n.fixed["shift"])
     if n.node.rule == "htp8_dw2":
         return bool(shift.min() >= 0 and shift.max() < 63)
-    return n.node.rule == "fp32" or bool(np.abs(shift).max() < 63)
+    return n.node.rule in ("fp32", "ort_float_dot") or bool(np.abs(shift).max() < 63)
 
 
 def _spread(constant: Any, channels: int, dtype: type) -> Array:
@@ -93,25 +95,32 @@ def _both_ways(n: NodeView, channels: int) -> tuple[Array, Array, Array]:
     return np.maximum(-shift, 0), np.maximum(shift, 0), mult
 
 
-def _htp8_wide(n: NodeView, channels: int) -> Loop:
-    shifts = _both_ways(n, channels)
-    limits = [int(x) for x in (n.q(-1).zero, n.fixed["low"], n.fixed["high"])]
-
-    def loop(sums: Array, row: int, column: int, base: tuple[Array, Array], codes: Array) -> None:
-        compiled.htp8_wide(sums[0], row, column, base[0], *shifts, *limits, codes)
-
-    return loop
-
-
 def _htp8(n: NodeView, channels: int) -> Loop:
-    if n.out.dtype != "u8" or np.min(n.fixed["shift"]) < 0:
-        return _htp8_wide(n, channels)
-    shift = _spread(np.minimum(n.fixed["shift"], 31), channels, np.int32)
-    mult = _spread(n.fixed["mult"], channels, np.int32)
-    limits = [np.int32(x) for x in (n.q(-1).zero, n.fixed["low"], n.fixed["high"])]
+    """``((2h + 1) * mult + 2**15) >> 16``"""
+    mult = _spread(n.fixed["mult"], channels, np.int64)
+    return _shift_multiply(n, 2 * mult, mult + (1 << 15), n.q(-1).zero, np.zeros_like(mult))
+
+
+def _htp8_v68(n: NodeView, channels: int) -> Loop:
+    """``(h * mult + 2**13) >> 14``, ``offset`` in the sum"""
+    mult, offset = (_spread(n.fixed[key], channels, np.int64) for key in ("mult", "offset"))
+    return _shift_multiply(n, 4 * mult, np.full_like(mult, 1 << 15), 0, offset)
+
+
+def _shift_multiply(n: NodeView, mult: Array, added: Array, zero: int, offset: Array) -> Loop:
+    left, right, _ = _both_ways(n, len(mult))
+    limits = [int(x) for x in (zero, n.fixed["low"], n.fixed["high"])]
+    if n.out.dtype != "u8" or left.any() or offset.any():
+
+        def wide(sums: Array, row: int, column: int, base: tuple[Array, Array], codes: Array) -> None:
+            compiled.htp8_wide(sums[0], row, column, base[0] + offset, left, right, mult, added, *limits, codes)
+
+        return wide
+    shift, small = np.minimum(right, 31).astype(np.int32), [np.int32(x) for x in limits]
+    mult, added = mult.astype(np.int32), added.astype(np.int32)
 
     def loop(sums: Array, row: int, column: int, base: tuple[Array, Array], codes: Array) -> None:
-        compiled.htp8(sums[0], row, column, base[0].astype(np.int32), shift, mult, *limits, codes)
+        compiled.htp8(sums[0], row, column, base[0].astype(np.int32), shift, mult, added, *small, codes)
 
     return loop
 
@@ -151,9 +160,12 @@ def _fp32(n: NodeView, channels: int) -> Loop:
 
 _LOOPS: dict[str, Callable[[NodeView, int], Loop]] = {
     "htp8": _htp8,
+    "htp8_v68": _htp8_v68,
     "htp8_dw2": _htp8_dw2,
     "htp16": _htp16,
+    "htp16_v68": _htp16,
     "fp32": _fp32,
+    "ort_float_dot": _fp32,
 }
 
 
@@ -176,3 +188,43 @@ def _htp_product16(n: NodeView) -> Callable[[Array, Array, Array], None]:
 
 
 _PAIRS = {"htp_sum16": _htp_sum16, "htp_product16": _htp_product16}
+
+
+def lanewise(n: NodeView) -> Callable[[Array, int, Array], None] | None:
+    """A compiled loop (codes, place of the first in its tensor, output codes), one-dimensional, for a 16-bit function
+    whose rounding alternates from one code of the tensor to the next; None if there is none."""
+    if n.type(0).dtype != "u16":
+        return None
+    mult = int(n.fixed["mult"]) if "mult" in n.fixed else 0
+    if n.node.rule == "htp_affine16":
+        constants = (0, mult, 1 << 14, 0, 0, int(n.fixed["offset"]), 18)
+    elif n.node.rule == "htp_requantize16" and n.out.dtype == "u16":
+        constants = (32768, mult, 1 << 14, 0, 15, int(n.fixed["offset"]) + 4, 3)
+    elif n.node.rule == "htp_requantize16":
+        shift, offset, step = (int(n.fixed[key]) for key in ("shift", "offset", "step"))
+        constants = (32767, mult, 1 << shift - 1, 1 << shift - 1, shift, offset, step)
+    else:
+        return None
+    limits = (int(n.fixed["low"]), int(n.fixed["high"]))
+    return lambda codes, first, out: compiled.affine(codes, first, *constants, *limits, out)
+
+
+def rowwise(n: NodeView) -> Callable[[Array, Array], None] | None:
+    """A compiled loop (codes, output codes) on rows [R, C], for a rule along the last axis; None if there is none."""
+    make = _ROWS.get(n.node.rule)
+    return None if make is None else make(n)
+
+
+def _htp_rms_norm(n: NodeView) -> Callable[[Array, Array], None]:
+    gain, eps = (np.asarray(n.fixed[key], np.int32).view(np.float32) for key in ("gain", "eps"))
+    loop = rows.rms_norm8 if n.node.rule == "htp_rms_norm8" else rows.rms_norm16
+    limits = [int(x) for x in (n.q(-1).zero, n.fixed["low"], n.fixed["high"])]
+    return lambda codes, out: loop(codes, n.zero(0), gain, eps[()], *limits, out)
+
+
+def _htp_softmax16(n: NodeView) -> Callable[[Array, Array], None]:
+    constants = [int(n.fixed[key]) for key in ("step", "low", "high")]
+    return lambda codes, out: rows.softmax16(codes, QUARTERS, *constants, np.empty(codes.shape[1], np.int64), out)
+
+
+_ROWS = {"htp_rms_norm8": _htp_rms_norm, "htp_rms_norm16": _htp_rms_norm, "htp_softmax16": _htp_softmax16}

@@ -55,17 +55,15 @@ def _apply_rms_norm8(n: NodeView, x: Array, w: Array) -> Array:
 
 #: 2**(g / 65536) at 2**-14 is a quadratic in each quarter of g = 0..65535: coefficients of g^2 at 2**-16, of g and the
 #: constant in half steps.
-_SQUARE = np.array([4300, 5119, 6087, 7227])
-_LINEAR = np.array([22652, 21816, 19857, 16401])
-_CONSTANT = np.array([32769, 32876, 33371, 34681])
+QUARTERS = np.array([[4300, 5119, 6087, 7227], [22652, 21816, 19857, 16401], [32769, 32876, 33371, 34681]])
 
 
 def power_of_two(steps: Array) -> Array:
     """2**(-steps / 2**22) at 2**-15, at most 32767, of int64 steps >= 0."""
     g = 65535 - (steps >> 6 & 65535)
-    quarter = g >> 14
-    inner = (_LINEAR[quarter] << 15) + g * _SQUARE[quarter] >> 16
-    return ((_CONSTANT[quarter] << 15) + g * inner >> 16) >> np.minimum(steps >> 22, 16)
+    square, linear, constant = QUARTERS[:, g >> 14]
+    inner = (linear << 15) + g * square >> 16
+    return ((constant << 15) + g * inner >> 16) >> np.minimum(steps >> 22, 16)
 
 
 def reciprocal(total: Array) -> tuple[Array, Array]:
