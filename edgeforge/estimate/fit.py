@@ -7,13 +7,14 @@ get wrong about a workload does not disturb them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from edgeforge.estimate.latency import overlapped
-from edgeforge.estimate.work import DDR, GROUPS, OVERHEAD, TERMS
+from edgeforge.estimate.program import Program
+from edgeforge.estimate.work import DDR, GROUPS, OVERHEAD, TERMS, Precision, stretches, summed, works
 
 Array = np.ndarray
 
@@ -63,10 +64,11 @@ class Samples:
     precision: Array
 
     @classmethod
-    def of(cls, stretches: Sequence[Sequence[Mapping[str, float]]], precisions: Sequence[str]) -> Samples:
-        rows = [[part.get(term, 0.0) for term in TERMS] for parts in stretches for part in parts]
-        sample = np.repeat(np.arange(len(stretches)), [len(parts) for parts in stretches])
-        return cls(np.array(rows), sample, np.array([NAMES.index(name) for name in precisions]))
+    def of(cls, workloads: Sequence[tuple[Program, Precision]]) -> Samples:
+        parts = [[summed(stretch) for stretch in stretches(works(*workload))] for workload in workloads]
+        rows = [[part.get(term, 0.0) for term in TERMS] for stretch in parts for part in stretch]
+        sample = np.repeat(np.arange(len(parts)), [len(stretch) for stretch in parts])
+        return cls(np.array(rows), sample, np.array([NAMES.index(precision.name) for _, precision in workloads]))
 
     def pick(self, keep: Array) -> Samples:
         """The samples with these numbers, in this order (repeats allowed)."""
