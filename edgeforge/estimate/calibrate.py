@@ -23,8 +23,8 @@ from edgeforge.estimate.work import GROUPS, PRECISIONS, TERMS
 from edgeforge.target import Target
 
 COLUMNS = ("model", "precision", "latency_ms")
-#: A fit with fewer workloads would only move noise; with fewer than ENOUGH its interval stays wider.
-FEWEST, ENOUGH = 5, 20
+#: A fit with fewer workloads would only move noise.
+FEWEST = 5
 FASTEST_MS, SLOWEST_MS = 0.01, 60_000.0
 
 

@@ -43,6 +43,15 @@ class Decoder:
     def parameters(self) -> int:
         return self.body + self.width * self.vocab
 
+    @property
+    def embedding_bytes(self) -> float:
+        """The table of token embeddings at 8 bits; one row is read per token."""
+        return float(self.width * self.vocab)
+
+    def token_bytes(self, context: int) -> float:
+        """DRAM traffic of one decoded token: every weight and the whole cache."""
+        return self.parameters * self.weight_bits / 8 + self.kv_bytes(context)
+
     def kv_bytes(self, context: int) -> int:
         """uint8 keys and values."""
         return 2 * self.layers * self.kv_heads * self.head_dim * context
@@ -87,3 +96,10 @@ def times_us(model: Decoder, context: int, rates: Mapping[str, float]) -> tuple[
     priced = {term: amount * rates[term] for term, amount in amounts(model, context).items()}
     decode = sum(us for term, us in priced.items() if term.startswith("decode"))
     return decode, sum(us for term, us in priced.items() if term.startswith("chunk"))
+
+
+def bounds_ms(model: Decoder, context: int, rates: Mapping[str, float]) -> dict[str, float]:
+    """Milliseconds of a decoded token by what they are bound by."""
+    priced = {term: amount * rates[term] / 1e3 for term, amount in amounts(model, context).items()}
+    ddr = priced["decode_weights"] + priced["decode_kv"] + priced["decode_head"]
+    return {"overhead": priced["decode_layer"], "ddr": ddr}
