@@ -59,13 +59,15 @@ class Latency(Closed):
     rates: precision -> term -> microseconds per unit (units: edgeforge/estimate/work.py), fitted over many chips.
     factors: what a chip's times are multiplied by: {"all": {"all": f}, "group": ..., "precision": ..., "term": ...}.
     interval: factor of the 80 % interval (x / factor to x * factor) "calibrated", "uncalibrated" (no factors), "few"
-    (factors from a few measurements), "carried" (the model was measured on another chip) and "llm". llm: rates of
-    decoder language models. fit, calibration: where rates and factors come from, with their residuals."""
+    (factors from a few measurements), "carried" (the model was measured on another chip), "llm" and "memory".
+    llm: rates of decoder language models; memory: MB per unit (edgeforge/estimate/memory.py). fit, calibration: where
+    rates and factors come from, with their residuals."""
 
     rates: dict[str, dict[str, float]] = Field(default_factory=dict)
     factors: dict[str, dict[str, float]] = Field(default_factory=dict)
     interval: dict[str, float] = Field(default_factory=dict)
     llm: dict[str, float] = Field(default_factory=dict)
+    memory: dict[str, float] = Field(default_factory=dict)
     fit: dict[str, str | float] = Field(default_factory=dict)
     calibration: dict[str, str | float] = Field(default_factory=dict)
 

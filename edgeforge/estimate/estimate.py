@@ -11,7 +11,6 @@ from edgeforge.estimate import decoder as llm
 from edgeforge.estimate.energy import UNCERTAINTY as ENERGY_UNCERTAINTY
 from edgeforge.estimate.energy import Energy, energy
 from edgeforge.estimate.latency import layer_precision, times
-from edgeforge.estimate.memory import UNCERTAINTY as MEMORY_UNCERTAINTY
 from edgeforge.estimate.memory import arena_bytes, peak_mb
 from edgeforge.estimate.program import Program
 from edgeforge.estimate.work import GROUPS, PRECISIONS, TERMS, VTCM_BYTES
@@ -167,7 +166,7 @@ def estimate_program(program: Program, target: Target, precision: str, elsewhere
         Range.around(total * ratio / 1e3, factor),
         Range.around(used.total_mj, ENERGY_UNCERTAINTY),
         used,
-        Range.around(peak_mb(program, chosen), MEMORY_UNCERTAINTY),
+        Range.around(peak_mb(program, chosen, latency.memory), latency.interval["memory"]),
         calibrated,
         tuple(
             NodeEstimate(p.layer.output, p.layer.op, p.layer.source, p.us * ratio, p.bound, p.layer.macs) for p in parts
@@ -199,7 +198,7 @@ def estimate_decoder(name: str, model: llm.Decoder, target: Target, context: int
         Range.around(decode / 1e3, factor),
         Range.around(used.total_mj, ENERGY_UNCERTAINTY),
         used,
-        Range.around((dram + model.embedding_bytes) / 1e6, MEMORY_UNCERTAINTY),
+        Range.around((dram + model.embedding_bytes) / 1e6, latency.interval["memory"]),
         known,
         bound_ms=llm.bounds_ms(model, context, latency.llm),
         tokens_per_second=Range.around(1e6 / decode, factor),

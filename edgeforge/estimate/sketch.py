@@ -7,7 +7,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import onnx
 from google.protobuf.message import DecodeError
@@ -29,8 +28,8 @@ OPS = {
     "Slice": "slice", "Split": "slice", "Pad": "pad", "Gather": "gather", "GatherND": "gather",
     "GatherElements": "gather", "ScatterND": "gather", "ScatterElements": "gather", "Expand": "expand",
     "Tile": "expand", "DepthToSpace": "depth_to_space", "SpaceToDepth": "space_to_depth", "Transpose": "transpose",
-    "Conv": "conv2d", "ConvTranspose": "conv_transpose", "Gemm": "linear", "MatMul": "matmul", "GridSample": "roi_align",
-    "RoiAlign": "roi_align", "Sigmoid": "sigmoid", "Tanh": "tanh", "Gelu": "gelu", "HardSwish": "hardswish",
+    "Conv": "conv2d", "ConvTranspose": "conv_transpose", "Gemm": "linear", "MatMul": "matmul",
+    "GridSample": "roi_align", "RoiAlign": "roi_align", "Sigmoid": "sigmoid", "Tanh": "tanh", "Gelu": "gelu", "HardSwish": "hardswish",
     "HardSigmoid": "hardsigmoid", "Erf": "erf", "Exp": "exp", "Sqrt": "sqrt", "Pow": "pow", "Softplus": "softplus",
     "Elu": "elu", "Mish": "mish", "Abs": "add", "Log": "log", "Sin": "sin", "Cos": "cos",
     **dict.fromkeys(RESHAPES, "reshape"),
