@@ -193,7 +193,7 @@ def _amounts(layer: Layer, layout: Layout, moved: str) -> tuple[str, dict[str, f
     if layer.op in COPIES:
         return "move_op", {"copy": size / 1e3}
     term = CLASSES.get(layer.op, "curve")
-    if layer.op in ("add", "sub", "mul") and len(shape) >= 4 and shape[1] <= 4:
+    if layer.op in ("add", "sub", "mul") and len(shape) >= 4 and shape[1] <= 4 and layout.axis[layer.output] == 1:
         return "vector_op", {"image": math.prod(shape) / 1e3}
     if layer.op in ("add", "sub", "mul", "div") and len(layer.inputs) == 1:
         term = "scale"
