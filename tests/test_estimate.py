@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import resource
+import sys
 import time
 from pathlib import Path
 
@@ -14,9 +16,10 @@ from onnx import TensorProto, helper, save
 from benchmarks.decoders import DECODERS
 from benchmarks.workloads import MODELS
 from benchmarks.workloads.net import Net
+from edgeforge import cli
 from edgeforge.errors import InvalidInput
 from edgeforge.estimate.calibrate import Point, calibrate, read_points, write_latency
-from edgeforge.estimate.decoder import Decoder, read_config
+from edgeforge.estimate.decoder import read_config
 from edgeforge.estimate.energy import UNCERTAINTY, energy
 from edgeforge.estimate.estimate import Elsewhere, Estimate, Range, estimate_decoder, estimate_program
 from edgeforge.estimate.memory import arena_bytes
@@ -223,10 +226,10 @@ def test_what_a_target_does_not_offer_is_refused() -> None:
 
 def test_decoding_slows_with_context_and_with_size() -> None:
     elite = load_target("snapdragon-8-elite")
-    speed = [estimate_decoder("", LLAMA_1B, elite, n).tokens_per_second.p50 for n in (1, 512, 4096, 32768)]
-    assert speed == sorted(speed, reverse=True)
+    times = [estimate_decoder("", LLAMA_1B, elite, n).latency_ms.p50 for n in (1, 512, 4096, 32768)]
+    assert times == sorted(times)
     big = DECODERS["llama_v3_8b_instruct"][0]
-    assert estimate_decoder("", big, elite, 4096).latency_ms.p50 > estimate_decoder("", LLAMA_1B, elite, 4096).latency_ms.p50
+    assert estimate_decoder("", big, elite, 4096).latency_ms.p50 > times[2]
     with pytest.raises(InvalidInput, match="context 0"):
         estimate_decoder("", big, elite, 0)
 
@@ -372,3 +375,85 @@ def test_open_shapes_are_refused(tmp_path: Path) -> None:
 
 def test_ranges_read_as_intervals() -> None:
     assert str(Range.around(2.0, 2.0)) == "2 (1 to 4, estimated, not measured)"
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Exit code, stdout and stderr of a command."""
+
+    def command(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["edgeforge", *map(str, words)])
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+        return (done.value.code or 0, *capsys.readouterr())
+
+    return command
+
+
+def test_estimate_prints_one_document(run) -> None:
+    code, out, _ = run("estimate", "digits", "--target", "Galaxy S24", "--json")
+    found = json.loads(out)
+    assert (code, found["target"], found["precision"], found["source"]) == (
+        0,
+        "snapdragon-8-gen-3",
+        "w8a8",
+        "estimated",
+    )
+    assert {"latency_ms", "energy_mj", "peak_memory_mb", "tokens_per_second", "nodes", "calibrated"} <= found.keys()
+
+
+def test_targets_and_precisions_are_compared_in_one_table(run) -> None:
+    code, out, _ = run("estimate", "digits", "--compare", "sm8650,snapdragon-888", "--sweep", "precision")
+    assert code == 0
+    assert "estimated, not measured" in out
+    assert out.count("snapdragon-8-gen-3") == 5  # float, w8a8, w8a16, w4a8, w4a16
+    assert out.count("snapdragon-888") == 4  # no float
+    assert "wide interval" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("digits",), "--target"),
+        (("digits", "--target", "sm8650", "--precision", "w2a2"), "does not offer precision"),
+        (("digits", "--target", "sm8650", "--context", "8"), "--context is for decoders"),
+        (("digits", "--target", "sm8650", "--batch", "0"), "batch 0"),
+        (("digits", "--target", "sm8650", "--measured", "sm8550=fast"), "TARGET=MILLISECONDS"),
+        (("digits", "--target", "iPhone 15"), "did you mean"),
+        (("digits", "--target", "sm8650", "--sweep", "batch"), "--sweep precision"),
+        (("gone.json", "--target", "sm8650"), "cannot be read"),
+    ],
+)
+def test_what_cannot_be_estimated_is_refused(run, words: tuple[str, ...], why: str) -> None:
+    code, out, said = run("estimate", *words)
+    assert (code, out) == (2, "")
+    assert why in said
+    assert "Traceback" not in said
+
+
+def test_calibrate_writes_a_new_target_that_estimate_uses(run, tmp_path: Path) -> None:
+    rows = ["model,precision,latency_ms"]
+    for channels in (16, 32, 64, 128, 256, 512):
+        weights = {"w": np.zeros((channels, channels, 3, 3))}
+        shapes = dict.fromkeys("xy", (1, channels, 28, 28))
+        conv = helper.make_node("Conv", ["x", "w"], ["y"], pads=[1, 1, 1, 1])
+        file = onnx_file(tmp_path / f"c{channels}.onnx", [conv], shapes, weights)
+        rows.append(f"{file.name},w8a8,{2 * ms(from_onnx(file))}")
+    (tmp_path / "m.csv").write_text("\n".join(rows))
+    mine = tmp_path / "mine.yaml"
+    code, out, said = run("calibrate", "snapdragon-888", "--measurements", tmp_path / "m.csv", "--out", mine, "--json")
+    assert code == 0, said
+    assert json.loads(out)["after"] < 0.1
+    code, out, said = run("estimate", tmp_path / "c64.onnx", "--target", mine, "--json")
+    assert code == 0, said
+    assert json.loads(out)["calibrated"]
+    assert "6 measurements only" in json.loads(out)["notes"][0]
+    (tmp_path / "m.csv").write_text("\n".join(rows[:3]))
+    code, _, said = run(
+        "calibrate", "snapdragon-888", "--measurements", tmp_path / "m.csv", "--out", tmp_path / "x.yaml"
+    )
+    assert (code, (tmp_path / "x.yaml").exists()) == (2, False)
+    assert "a fit needs 5" in said
