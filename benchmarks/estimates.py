@@ -6,7 +6,7 @@ precision) counts the same, however many chips measured it. --write puts the fit
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import date
 
 import numpy as np
@@ -16,8 +16,9 @@ from benchmarks.measurements import DATA, Hub, chip_name, load, records, usable
 from benchmarks.workloads import MODELS
 from edgeforge.estimate.calibrate import factors_of, write_latency
 from edgeforge.estimate.decoder import START, amounts
-from edgeforge.estimate.fit import NAMES, Fit, Measured, chip_rates, fit_all, fit_chip, fit_decoders, predict
-from edgeforge.estimate.memory import peak_mb
+from edgeforge.estimate.fit import NAMES, Fit, Measured, chip_rates, fit_all, fit_chip, fit_sums, predict
+from edgeforge.estimate.memory import START as RESIDENT
+from edgeforge.estimate.memory import amounts as resident
 from edgeforge.estimate.work import PRECISIONS, TERMS
 from edgeforge.resources import folder
 
@@ -90,7 +91,8 @@ def spearman(hub: Hub, error: Array) -> None:
                 truth = hub.rows.log_us[mask]
                 found.append(float(np.corrcoef(ranks(truth), ranks(truth + error[mask]))[0, 1]))
     print(
-        f"\nSpearman within a chip and precision: median {np.median(found):.3f}, lowest {min(found):.3f}, n {len(found)}"
+        f"\nSpearman within a chip and precision: median {np.median(found):.3f}, lowest {min(found):.3f},"
+        f" n {len(found)}"
     )
 
 
@@ -106,7 +108,8 @@ def faster(hub: Hub, error: Array) -> None:
         guess = hub.rows.log_us[i] + error[i] > hub.rows.log_us[j] + error[j]
         right, always, n = right + (truth == guess), always + bool(truth), n + 1
     print(
-        f"\nWhich of float and w8a8 is faster: right in {100 * right / n:.1f} %; always w8a8: {100 * always / n:.1f} %; n {n}"
+        f"\nWhich of float and w8a8 is faster: right in {100 * right / n:.1f} %;"
+        f" always w8a8: {100 * always / n:.1f} %; n {n}"
     )
 
 
@@ -128,9 +131,9 @@ def coverage(hub: Hub, error: Array) -> float:
     return float(np.exp(quantile(np.abs(error), weight, 0.8)))
 
 
-def new_chip(hub: Hub, points: int = 10) -> tuple[float, float]:
+def new_chip(hub: Hub, points: int = 10) -> tuple[float, ...]:
     """Each chip in turn: no measurements, ``points`` models; predicted models are new, or measured on another chip.
-    Returns the 80 % factors without and with calibration."""
+    Returns the 80 % factors without calibration, with it, and with a measurement elsewhere."""
     draw, models = np.random.default_rng(1), hub.models
     blind, fresh, carried, kept = [], [], [], []
     for chip in sorted(set(hub.rows.chip)):
@@ -164,10 +167,8 @@ def new_chip(hub: Hub, points: int = 10) -> tuple[float, float]:
     ):
         table(title, hub, np.concatenate(error), rows)
     weight = weights(hub, rows)
-    return (
-        float(np.exp(quantile(np.abs(np.concatenate(blind)), weight, 0.8))),
-        float(np.exp(quantile(np.abs(np.concatenate(fresh)), weight, 0.8))),
-    )
+    widths = (quantile(np.abs(np.concatenate(error)), weight, 0.8) for error in (blind, fresh, carried))
+    return tuple(float(np.exp(width)) for width in widths)
 
 
 # ---------------------------------------------------------------------------------------------------------- decoders
@@ -205,60 +206,81 @@ def decoders() -> tuple[dict[str, dict[str, float]], float]:
     rates: dict[str, dict[str, float]] = {}
     factor = 1.0
     print(
-        f"\nLanguage models (QAIRT w4a16), unseen architecture, n {len(chips)} rows, {len(set(architectures))} architectures"
+        f"\nLanguage models (QAIRT w4a16), unseen architecture, n {len(chips)} rows,"
+        f" {len(set(architectures))} architectures"
     )
     for part, terms in (("decode", DECODE), ("chunk", CHUNK)):
         start = np.log([START[term] for term in terms])
         error = np.zeros(len(chips))
         for name in sorted(set(architectures)):
             out = architectures == name
-            fit = fit_decoders(seen[part][~out], times[part][~out], chips[~out], start)
+            fit = fit_sums(seen[part][~out], times[part][~out], chips[~out], start)
             rate = np.array([fit.get(chip, fit[""]) for chip in chips[out]])
             error[out] = np.log((seen[part][out] * np.exp(rate)).sum(1)) - times[part][out]
         absolute = np.abs(np.expm1(error))
         label = {"decode": "decode", "chunk": "first chunk"}[part]
         print(
-            f"  {label:12s} median error {100 * np.median(absolute):.1f} %, 80th percentile {100 * np.quantile(absolute, 0.8):.1f} %"
+            f"  {label:12s} median error {100 * np.median(absolute):.1f} %,"
+            f" 80th percentile {100 * np.quantile(absolute, 0.8):.1f} %"
         )
         factor = max(factor, float(np.exp(np.quantile(np.abs(error), 0.8))))
-        for chip, log_rates in fit_decoders(seen[part], times[part], chips, start).items():
-            rates.setdefault(chip, {}).update(zip(terms, (float(f"{r:.4g}") for r in np.exp(log_rates)), strict=True))
+        for chip, log_rates in fit_sums(seen[part], times[part], chips, start).items():
+            rates.setdefault(chip, {}).update(rounded(terms, np.exp(log_rates)))
     return rates, factor
 
 
 # ------------------------------------------------------------------------------------------------------------ memory
 
 
-def memory() -> None:
-    found: dict[str, list[float]] = {}
+def memory() -> tuple[dict[str, dict[str, float]], float]:
+    """Leave-one-model-out errors on phones (other hosts report what their driver maps: a few MB, or none); returns the
+    rates per chip and the 80 % factor."""
+    found, chips, models, log_mb = [], [], [], []
     programs = {key: workload.build() for key, workload in MODELS.items()}
     for row in records():
         key = (row["model_id"], row["component"])
         if key in programs and usable(row) and row["precision"] in NAMES and row["world"] == "Mobile":
-            value = peak_mb(programs[key], PRECISIONS[row["precision"]])
-            found.setdefault(chip_name(row["chipset"]), []).append(
-                abs(value / max(float(row["peak_mem_max_mb"]), 1) - 1)
-            )
-    print("\nPeak memory (phones): median error")
-    for chip, errors in sorted(found.items()):
-        print(f"  {chip:26s} {100 * np.median(errors):5.1f} %  n {len(errors)}")
+            found.append(list(resident(programs[key], PRECISIONS[row["precision"]]).values()))
+            chips.append(chip_name(row["chipset"]))
+            models.append(row["model_id"])
+            log_mb.append(np.log(max(float(row["peak_mem_max_mb"]), 1)))
+    amount, chip, model, goal = np.array(found), np.array(chips), np.array(models), np.array(log_mb)
+    start = np.log(list(RESIDENT.values()))
+    error = np.zeros(len(goal))
+    for name in sorted(set(models)):
+        out = model == name
+        fit = fit_sums(amount[~out], goal[~out], chip[~out], start)
+        error[out] = np.log((amount[out] * np.exp([fit[c] for c in chip[out]])).sum(1)) - goal[out]
+    whole = fit_sums(amount, goal, chip, start)
+    inside = np.log((amount * np.exp([whole[c] for c in chip])).sum(1)) - goal
+    print("\nPeak memory (phones): median error, leave one model out (all models in the fit)")
+    for name in (*sorted(set(chips)), "all"):
+        mine = (chip == name) | (name == "all")
+        one, known = (100 * np.median(np.abs(np.expm1(e[mine]))) for e in (error, inside))
+        print(f"  {name:26s} {one:5.1f} %  ({known:.1f} %)  n {mine.sum()}")
+    rates = {name: rounded(RESIDENT, np.exp(rate)) for name, rate in whole.items()}
+    return rates, float(np.exp(np.quantile(np.abs(error), 0.8)))
 
 
-def write(hub: Hub, fit: Fit, interval: dict[str, float], llm: dict[str, dict[str, float]]) -> None:
+def rounded(names: Iterable[str], values: Array) -> dict[str, float]:
+    return {name: float(f"{value:.4g}") for name, value in zip(names, values, strict=True)}
+
+
+def write(
+    hub: Hub, fit: Fit, interval: dict[str, float], llm: dict[str, dict[str, float]], peak: dict[str, dict[str, float]]
+) -> None:
     """The fit into targets/bases/hexagon.yaml and the measured chips' files."""
-    at = {
-        name: {t: float(f"{r:.4g}") for t, r in zip(TERMS, np.exp(row), strict=True)}
-        for name, row in zip(NAMES, fit.base, strict=True)
-    }
+    at = {name: rounded(TERMS, np.exp(row)) for name, row in zip(NAMES, fit.base, strict=True)}
     residual = np.abs(np.expm1(fit.residual[np.isfinite(fit.residual)]))
     source = "qai-hub-models 0.65.0 perf.yaml, runtime qnn_dlc, QAIRT 2.50"
     about = {
         "source": source, "date": date.today().isoformat(), "workloads": len(hub.keys), "rows": len(hub.rows.sample),
-        "median_residual": round(float(np.median(residual)), 4), "p80_residual": round(float(np.quantile(residual, 0.8)), 4),
+        "median_residual": round(float(np.median(residual)), 4),
+        "p80_residual": round(float(np.quantile(residual, 0.8)), 4),
     }  # fmt: skip
     base = folder("targets") / "bases" / "hexagon.yaml"
-    rounded = {name: round(factor, 2) for name, factor in interval.items()}
-    write_latency(base, {"rates": at, "interval": rounded, "llm": llm[""], "fit": about})
+    factors = {name: round(factor, 2) for name, factor in interval.items()}
+    write_latency(base, {"rates": at, "interval": factors, "llm": llm[""], "memory": peak[""], "fit": about})
     for chip, factors in fit.chips.items():
         mine = hub.rows.pick(hub.rows.chip == chip)
         error = on_chips(hub, fit, mine) - mine.log_us
@@ -273,6 +295,9 @@ def write(hub: Hub, fit: Fit, interval: dict[str, float], llm: dict[str, dict[st
         }  # fmt: skip
         if chip in llm:
             block["llm"] = llm[chip]
+            block["calibration"]["llm_rows"] = int((decoder_rows()[0] == chip).sum())
+        if chip in peak:
+            block["memory"] = peak[chip]
         write_latency(folder("targets") / f"{chip}.yaml", block)
     print(f"\nwritten: {base.name} and {len(fit.chips)} chips")
 
@@ -300,11 +325,11 @@ def main() -> None:
     faster(hub, one)
     interval = {"calibrated": coverage(hub, one)}
     table("Leave one family out", hub, held_out(hub, fit, hub.families), hub.rows)
-    interval["uncalibrated"], interval["few"] = new_chip(hub)
+    interval["uncalibrated"], interval["few"], interval["carried"] = new_chip(hub)
     llm, interval["llm"] = decoders()
-    memory()
+    peak, interval["memory"] = memory()
     if options.write:
-        write(hub, fit, interval, llm)
+        write(hub, fit, interval, llm, peak)
 
 
 def details(hub: Hub, error: Array) -> None:

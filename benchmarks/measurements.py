@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.workloads import MODELS
 from edgeforge.estimate.fit import NAMES, Measured, Samples
-from edgeforge.estimate.work import PRECISIONS, stretches, works
+from edgeforge.estimate.work import PRECISIONS
 from edgeforge.target import load_target
 
 DATA = Path(os.environ.get("EDGEFORGE_DATA", "../shared/data")) / "hub_measurements" / "measurements.csv.gz"
@@ -83,6 +83,5 @@ def load(path: Path = DATA, runtime: str = "qnn_dlc") -> Hub:
         chip.append(chip_name(row["chipset"]))
         log_us.append(np.log(float(row["latency_ms"]) * 1e3))
     programs = {model: MODELS[model].build() for model, _ in keys}
-    parts = [stretches(programs[m], works(programs[m], PRECISIONS[p])) for m, p in keys]
-    samples = Samples.of(parts, [p for _, p in keys])
+    samples = Samples.of([(programs[model], PRECISIONS[precision]) for model, precision in keys])
     return Hub(keys, samples, Measured(np.array(sample), np.array(chip), np.array(log_us)), missing)

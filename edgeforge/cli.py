@@ -260,6 +260,64 @@ def show(
 
 
 @app.command()
+def estimate(
+    model: Annotated[str, typer.Argument(metavar="MODEL|BUNDLE", help="also a language model's config.json")],
+    target: Annotated[str | None, typer.Option(help="a name of `edgeforge targets`, a device, or a YAML file")] = None,
+    precision: Annotated[str | None, typer.Option(help="float, w8a8, w8a16, w4a8 or w4a16")] = None,
+    context: Annotated[int | None, typer.Option(help="tokens of context, for language models")] = None,
+    batch: Annotated[int, typer.Option(help="inputs per inference")] = 1,
+    compare: Annotated[str | None, typer.Option(help="more targets: T1,T2")] = None,
+    sweep: Annotated[str | None, typer.Option(help="`precision`: every precision of the target")] = None,
+    measured: Annotated[str | None, typer.Option(help="TARGET=MS of this model on another chip")] = None,
+    top: Annotated[int, typer.Option(min=0, help="how many of the slowest nodes to print")] = 15,
+    as_json: Json = False,
+) -> None:
+    """Latency, energy and memory of MODEL on a target: estimated, not measured, with 80 % intervals."""
+    from edgeforge import estimator
+    from edgeforge.target import load_target
+
+    names = [*([target] if target else []), *(compare or "").split(",")]
+    chosen = [load_target(name) for name in dict.fromkeys(name.strip() for name in names) if name]
+    if not chosen:
+        raise InvalidInput("estimate needs a target -> --target T, or --compare T1,T2")
+    if sweep not in (None, "precision") or (sweep and precision):
+        raise InvalidInput(f"--sweep {sweep} -> --sweep precision, without --precision")
+    source, elsewhere = estimator.read(model, _say), estimator.measured(measured) if measured else None
+    asked = [(t, p) for t in chosen for p in (estimator.sweep(t) if sweep else [precision])]
+    found = [estimator.estimate(source, t, p, context, batch, elsewhere) for t, p in asked]
+    if as_json:
+        documents = [one.document() for one in found]
+        _print(documents[0] if compare is None and sweep is None else {"estimates": documents})
+        return
+    columns = ["target", "precision", "ms", "mJ", "peak MB", "tokens/s", "calibrated"]
+    _table(f"{source.name}: estimated, not measured (80 % intervals)", columns, estimator.rows(found))
+    if len(found) == 1 and found[0].nodes and top:
+        slow = sorted(found[0].nodes, key=lambda node: -node.us)[:top]
+        columns = ["node", "op", "us", "bound by", "MACs"]
+        _table("slowest nodes", columns, [[n.source or n.name, n.op, n.us, n.bound, n.macs] for n in slow])
+    for note in dict.fromkeys(note for one in found for note in one.notes):
+        _say(note)
+
+
+@app.command()
+def calibrate(
+    target: str,
+    measurements: Annotated[Path, typer.Option(help="CSV: model, precision, latency_ms")],
+    out: Annotated[Path | None, typer.Option(help="a new target file; default: the target's own")] = None,
+    as_json: Json = False,
+) -> None:
+    """Fit TARGET's speed to measured models and write it, with the fit's residuals, into its YAML."""
+    from edgeforge import estimator
+
+    place, found = estimator.calibrate(target, measurements, out, _say)
+    if as_json:
+        _print({"file": str(place), **dataclasses.asdict(found)})
+        return
+    print(f"{place}: {found.workloads} measurements, median error {found.before:.1%} before, {found.after:.1%} after")
+    _table("farthest from the fit", ["workload", "estimated / measured"], [list(worst) for worst in found.worst])
+
+
+@app.command()
 def targets(as_json: Json = False) -> None:
     """List the catalogue of targets."""
     from edgeforge.target import load_target, names

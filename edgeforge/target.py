@@ -58,14 +58,16 @@ class Latency(Closed):
 
     rates: precision -> term -> microseconds per unit (units: edgeforge/estimate/work.py), fitted over many chips.
     factors: what a chip's times are multiplied by: {"all": {"all": f}, "group": ..., "precision": ..., "term": ...}.
-    interval: factor of the 80 % interval (x / factor to x * factor) "calibrated", "uncalibrated" (no factors) and
-    "few" (factors from a few measurements). llm: rates of decoder language models. fit, calibration: where rates and
-    factors come from, with their residuals."""
+    interval: factor of the 80 % interval (x / factor to x * factor) "calibrated", "uncalibrated" (no factors), "few"
+    (factors from a few measurements), "carried" (the model was measured on another chip), "llm" and "memory".
+    llm: rates of decoder language models; memory: MB per unit (edgeforge/estimate/memory.py). fit, calibration: where
+    rates and factors come from, with their residuals."""
 
     rates: dict[str, dict[str, float]] = Field(default_factory=dict)
     factors: dict[str, dict[str, float]] = Field(default_factory=dict)
     interval: dict[str, float] = Field(default_factory=dict)
     llm: dict[str, float] = Field(default_factory=dict)
+    memory: dict[str, float] = Field(default_factory=dict)
     fit: dict[str, str | float] = Field(default_factory=dict)
     calibration: dict[str, str | float] = Field(default_factory=dict)
 
@@ -105,10 +107,15 @@ def load_target(name: str) -> Target:
     """Read a target by its name, part number, marketing name or device ("Galaxy S24"), or a path to a YAML file.
 
     Raises InvalidInput with the nearest names."""
+    return _resolved(target_file(name))
+
+
+def target_file(name: str) -> Path:
+    """The YAML of a target named as for `load_target`."""
     if name.endswith((".yaml", ".yml")) and Path(name).is_file():
-        return _resolved(Path(name))
+        return Path(name)
     path = folder("targets") / f"{name}.yaml"
-    return _resolved(path) if path.is_file() else _resolved(folder("targets") / f"{_lookup(name)}.yaml")
+    return path if path.is_file() else folder("targets") / f"{_lookup(name)}.yaml"
 
 
 def _resolved(path: Path) -> Target:

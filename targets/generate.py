@@ -22,7 +22,7 @@ EXECUTORCH = "ExecuTorch 1.5.1 backends/qualcomm/serialization/qc_schema.py"
 class Chip:
     """soc: part number. model: QNN soc_model. hexagon: generation. vtcm: MB, where ExecuTorch names the chip;
     bandwidth: peak DRAM GB/s and its source;
-    same_as: the target with the same silicon (their hosted measurements are shared)."""
+    same_as: the target with the same NPU (the device list names it as the reference, or the soc_model is the same)."""
 
     name: str
     title: str
@@ -55,7 +55,7 @@ CHIPS = (
     ),
     Chip(
         "snapdragon-8-gen-2", "Qualcomm Snapdragon 8 Gen 2", "SM8550", 43, 73, "phone",
-        galaxy("S23", "S23+", "S23 Ultra"), vtcm=8, executorch=True,
+        galaxy("S23", "S23+", "S23 Ultra"), vtcm=8, executorch=True, same_as="qcs8550",
         bandwidth=(67.2, "64 bit LPDDR5X at 4,200 MHz, clock as in droidholic.com/snapdragon-8-gen-3-launched"),
     ),
     Chip(
@@ -100,26 +100,38 @@ CHIPS = (
     ),
     Chip(
         "snapdragon-x-plus-8-core", "Qualcomm Snapdragon X Plus 8-Core", "SC8340XP", 60, 73, "PC",
-        ("Snapdragon X Plus 8-Core CRD",),
+        ("Snapdragon X Plus 8-Core CRD",), same_as="snapdragon-x-elite",
     ),
     Chip(
         "snapdragon-x2-elite", "Qualcomm Snapdragon X2 Elite", "SC8480XP", 88, 81, "PC", ("Snapdragon X2 Elite CRD",),
         bandwidth=(152.0, "nhub.news/fr/2025/09: 152 GB/s (the Extreme variant has 228)"),
     ),
     Chip("qcm6690", "Qualcomm Dragonwing Q-6690", "QCM6690", 78, 73, "IoT", ("Dragonwing Q-6690 MTP",), fp16=False),
-    Chip("qcs5121", "Qualcomm Dragonwing IQ-X5121", "QCS5121", 60, 73, "IoT", ("Dragonwing IQ-X5121",)),
+    Chip(
+        "qcs5121", "Qualcomm Dragonwing IQ-X5121", "QCS5121", 60, 73, "IoT", ("Dragonwing IQ-X5121",),
+        same_as="snapdragon-x-elite",
+    ),
     Chip(
         "qcs6490", "Qualcomm Dragonwing QCS6490", "QCS6490", 93, 68, "IoT", ("Dragonwing RB3 Gen 2 Vision Kit",),
         ("QCM6490",), fp16=False, vtcm=2,
     ),
-    Chip("qcs7181", "Qualcomm Dragonwing IQ-X7181", "QCS7181", 60, 73, "IoT", ("Dragonwing IQ-X7181",), same_as="snapdragon-x-elite"),
+    Chip(
+        "qcs7181", "Qualcomm Dragonwing IQ-X7181", "QCS7181", 60, 73, "IoT", ("Dragonwing IQ-X7181",),
+        same_as="snapdragon-x-elite",
+    ),
     Chip("qcs7790", "Qualcomm Dragonwing Q-7790", "QCS7790", 86, 73, "IoT", ("Dragonwing Q-7790",)),
     Chip("qcs8275", "Qualcomm Dragonwing IQ-8275", "QCS8275", 82, 75, "IoT", ("Arduino VENTUNO Q",)),
-    Chip("qcs8450", "Qualcomm QCS8450", "QCS8450", 36, 69, "XR", ("Snapdragon XR2 Gen 2",), same_as="snapdragon-8-gen-1"),
+    Chip(
+        "qcs8450", "Qualcomm QCS8450", "QCS8450", 36, 69, "XR", ("Snapdragon XR2 Gen 2",),
+        same_as="snapdragon-8-gen-1",
+    ),
     Chip(
         "qcs8550", "Qualcomm Dragonwing QCS8550", "QCS8550", 43, 73, "IoT", ("QCS8550 (Proxy)",), ("QCS8550 Proxy",)
     ),
-    Chip("qcs8750", "Qualcomm Dragonwing Q-8750", "QCS8750", 69, 79, "IoT", ("Dragonwing Q-8750",), same_as="snapdragon-8-elite"),
+    Chip(
+        "qcs8750", "Qualcomm Dragonwing Q-8750", "QCS8750", 69, 79, "IoT", ("Dragonwing Q-8750",),
+        same_as="snapdragon-8-elite",
+    ),
     Chip("qcs9075", "Qualcomm Dragonwing IQ-9075", "QCS9075", 77, 73, "IoT", ("Dragonwing IQ-9075 EVK",), vtcm=8),
     Chip("sa7255p", "Qualcomm SA7255P", "SA7255P", 67, 75, "automotive", ("SA7255P ADP",)),
     Chip("sa8255p", "Qualcomm SA8255P", "SA8255P", 52, 73, "automotive", ("SA8255P ADP",), vtcm=8),

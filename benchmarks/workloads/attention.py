@@ -8,8 +8,8 @@ from benchmarks.workloads.net import Net, Value
 
 
 def encoder(
-    net: Net, x: Value, layers: int, heads: int, hidden: int, act: str = "gelu", before: bool = True, bias: bool = False,
-    scaled: bool = False,
+    net: Net, x: Value, layers: int, heads: int, hidden: int, act: str = "gelu", before: bool = True,
+    bias: bool = False, scaled: bool = False,
 ) -> Value:  # fmt: skip
     """Transformer encoder; before: norms precede the blocks. bias: an addend on the attention scores (a mask, relative
     positions). scaled: a layer scale after each block."""
@@ -255,7 +255,7 @@ def convnext(net: Net, v2: bool) -> Value:
         if i:
             x = net.conv(net.norm(x, "channel_norm"), x.channels * 2, 2, 2, 0)
         for _ in range(depth):
-            c, h, w = x.shape[1:]
+            c = x.channels
             y = net.transpose(net.dw(x, 7), 0, 2, 3, 1)
             y = net.linear(net.norm(y), 4 * c, "gelu")
             if v2:

@@ -293,7 +293,7 @@ def rrdb(net: Net) -> Value:
         outer = x
         for _ in range(3):
             parts = [x]
-            for i in range(4):
+            for _ in range(4):
                 joined = net.concat(parts) if len(parts) > 1 else x
                 parts.append(net.conv(joined, 32, 3, act="leaky_relu"))
             x = net.add(net.mul(net.conv(net.concat(parts), 64, 3)), x)

@@ -16,15 +16,15 @@ import numpy as np
 import yaml
 
 from edgeforge.errors import InvalidInput
-from edgeforge.estimate.estimate import DEFAULT_VTCM_BYTES, priced
+from edgeforge.estimate.estimate import priced
 from edgeforge.estimate.fit import CHIP_SIZE, NAMES, Samples, chip_rates, fit_chip, predict
 from edgeforge.estimate.program import Program
-from edgeforge.estimate.work import GROUPS, PRECISIONS, TERMS, stretches, works
+from edgeforge.estimate.work import GROUPS, PRECISIONS, TERMS
 from edgeforge.target import Target
 
 COLUMNS = ("model", "precision", "latency_ms")
-#: A fit with fewer workloads would only move noise; with fewer than ENOUGH its interval stays wider.
-FEWEST, ENOUGH = 5, 20
+#: A fit with fewer workloads would only move noise.
+FEWEST = 5
 FASTEST_MS, SLOWEST_MS = 0.01, 60_000.0
 
 
@@ -53,8 +53,7 @@ def read_points(path: Path) -> list[Point]:
 
     Raises InvalidInput listing every bad row (not a number, zero, implausible, contradictory) at once."""
     try:
-        opened: Any = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
-        with opened as file:
+        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
             reader = csv.DictReader(file)
             missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
             rows = list(reader) if not missing else []
@@ -101,13 +100,7 @@ def calibrate(target: Target, points: Sequence[Point], programs: Mapping[str, Pr
     if len(points) < FEWEST:
         raise InvalidInput(f"{len(points)} workload(s) for {target.name}, a fit needs {FEWEST} -> measure more models")
     latency = priced(target)
-    vtcm = target.figures["vtcm"].value * 1e6 if "vtcm" in target.figures else DEFAULT_VTCM_BYTES
-    precisions = [PRECISIONS[point.precision] for point in points]
-    parts = [
-        stretches(programs[point.model], works(programs[point.model], precision, vtcm))
-        for point, precision in zip(points, precisions, strict=True)
-    ]
-    samples = Samples.of(parts, [precision.name for precision in precisions])
+    samples = Samples.of([(programs[point.model], PRECISIONS[point.precision]) for point in points])
     base = np.log([[latency.rates[name][term] for term in TERMS] for name in NAMES])
     log_us = np.log([point.latency_ms * 1e3 for point in points])
     before = np.abs(np.expm1(predict(samples, base[samples.precision])[0] - log_us))

@@ -1,7 +1,7 @@
 """Decoder language models: time per token and to the first token, from the dimensions alone.
 
-decode:      ms per token  = weights / bandwidth + KV cache(context) / bandwidth + layers * overhead
-first chunk: ms per 128 tokens = the same weights once + MACs / rate + KV cache / bandwidth + layers * overhead"""
+decode:      weights / bandwidth + KV cache(context) / bandwidth + queries x context + output head + layers * overhead
+first chunk: 128 tokens: MACs / rate + softmax elements / rate + KV cache(context) / bandwidth + layers * overhead"""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pathlib import Path
 from edgeforge.errors import InvalidInput
 
 CHUNK = 128
-#: us per MB, per layer and per GMAC: where a fit starts (8 Elite, QAIRT, w4a16).
+#: us per unit of `amounts`: where a fit starts (8 Elite, QAIRT, w4a16).
 START = {
-    "decode_weights": 16.0, "decode_kv": 25.0, "decode_layer": 110.0, "decode_head": 16.0,
-    "chunk_weights": 8.0, "chunk_mac": 60.0, "chunk_kv": 60.0, "chunk_layer": 300.0,
+    "decode_weights": 16.0, "decode_kv": 25.0, "decode_queries": 10.0, "decode_layer": 100.0, "decode_head": 16.0,
+    "chunk_mac": 60.0, "chunk_softmax": 10.0, "chunk_kv": 50.0, "chunk_layer": 300.0,
 }  # fmt: skip
 
 
@@ -42,6 +42,15 @@ class Decoder:
     @property
     def parameters(self) -> int:
         return self.body + self.width * self.vocab
+
+    @property
+    def embedding_bytes(self) -> float:
+        """The table of token embeddings at 8 bits; one row is read per token."""
+        return float(self.width * self.vocab)
+
+    def token_bytes(self, context: int) -> float:
+        """DRAM traffic of one decoded token: every weight and the whole cache."""
+        return self.parameters * self.weight_bits / 8 + self.kv_bytes(context)
 
     def kv_bytes(self, context: int) -> int:
         """uint8 keys and values."""
@@ -70,16 +79,21 @@ def read_config(path: Path) -> Decoder:
 
 
 def amounts(model: Decoder, context: int) -> dict[str, float]:
-    """Amounts of the terms of `START`, for one decoded token and one first chunk."""
-    weights = model.body * model.weight_bits / 8 / 1e6
+    """Amounts of the terms of `START`, for one decoded token and one first chunk: MB of weights, cache and head;
+    millions of query elements times context and of softmax elements; GMACs; layers."""
     kv = model.kv_bytes(context) / 1e6
-    head = model.width * model.vocab / 1e6
-    attention = 2 * model.layers * model.heads * model.head_dim * context * CHUNK
+    heads = model.layers * model.heads
     return {
-        "decode_weights": weights, "decode_kv": kv, "decode_layer": float(model.layers), "decode_head": head,
-        "chunk_weights": weights, "chunk_mac": (model.body * CHUNK + attention) / 1e9, "chunk_kv": kv,
+        "decode_weights": model.body * model.weight_bits / 8 / 1e6,
+        "decode_kv": kv,
+        "decode_queries": 2 * heads * model.head_dim * context / 1e6,
+        "decode_layer": float(model.layers),
+        "decode_head": model.width * model.vocab / 1e6,
+        "chunk_mac": model.body * CHUNK / 1e9,
+        "chunk_softmax": heads * context * CHUNK / 1e6,
+        "chunk_kv": kv,
         "chunk_layer": float(model.layers),
-    }  # fmt: skip
+    }
 
 
 def times_us(model: Decoder, context: int, rates: Mapping[str, float]) -> tuple[float, float]:
@@ -87,3 +101,10 @@ def times_us(model: Decoder, context: int, rates: Mapping[str, float]) -> tuple[
     priced = {term: amount * rates[term] for term, amount in amounts(model, context).items()}
     decode = sum(us for term, us in priced.items() if term.startswith("decode"))
     return decode, sum(us for term, us in priced.items() if term.startswith("chunk"))
+
+
+def bounds_ms(model: Decoder, context: int, rates: Mapping[str, float]) -> dict[str, float]:
+    """Milliseconds of a decoded token by what they are bound by."""
+    priced = {term: amount * rates[term] / 1e3 for term, amount in amounts(model, context).items()}
+    ddr = priced["decode_weights"] + priced["decode_kv"] + priced["decode_head"]
+    return {"compute": priced["decode_queries"], "overhead": priced["decode_layer"], "ddr": ddr}

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: pJ per multiply-accumulate at 4 nm: ALU energies of 7/5/3 nm processes (stillwater-sc/esim, alu-fpu-switching-energy).
+#: pJ per multiply-accumulate at 4 nm: between the ALU energies that stillwater-sc/esim lists for 7, 5 and 3 nm
+#: (data/alu-fpu-switching-energy.md).
 PJ_PER_MAC = {"w8a8": 0.30, "w8a16": 0.55, "float": 0.80}
 #: pJ per byte of on-chip SRAM and of LPDDR5X with its controller (4 to 8 pJ per bit).
 PJ_PER_SRAM_BYTE, PJ_PER_DRAM_BYTE = 1.2, 48.0

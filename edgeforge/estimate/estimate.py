@@ -9,16 +9,16 @@ from typing import Any
 from edgeforge.errors import InvalidInput
 from edgeforge.estimate import decoder as llm
 from edgeforge.estimate.energy import UNCERTAINTY as ENERGY_UNCERTAINTY
-from edgeforge.estimate.energy import energy
-from edgeforge.estimate.latency import layer_precision, spread, times
-from edgeforge.estimate.memory import UNCERTAINTY as MEMORY_UNCERTAINTY
+from edgeforge.estimate.energy import Energy, energy
+from edgeforge.estimate.latency import layer_precision, times
 from edgeforge.estimate.memory import arena_bytes, peak_mb
 from edgeforge.estimate.program import Program
-from edgeforge.estimate.work import GROUPS, PRECISIONS, TERMS
+from edgeforge.estimate.work import GROUPS, PRECISIONS, TERMS, VTCM_BYTES
 from edgeforge.target import Latency, Target
 
 NOTE = "estimated, not measured"
-DEFAULT_VTCM_BYTES = 8e6
+#: With fewer measured models than this a chip's interval stays wider.
+ENOUGH = 20
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Range:
 
     @classmethod
     def around(cls, value: float, factor: float) -> Range:
-        return cls(value, *spread(value, factor))
+        return cls(value, value / factor, value * factor)
 
     def __str__(self) -> str:
         return f"{self.p50:.4g} ({self.low:.4g} to {self.high:.4g}, {NOTE})"
@@ -39,7 +39,7 @@ class Range:
 
 @dataclass(frozen=True)
 class NodeEstimate:
-    """``bound``: mac, vector, overhead or ddr; "fused": computed inside the layer before."""
+    """``bound``: compute, vector, overhead or ddr; "fused": computed inside the layer before, or a view."""
 
     name: str
     op: str
@@ -51,13 +51,15 @@ class NodeEstimate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """latency_ms: per inference (per token for a decoder). ``notes``: what limits the estimate."""
+    """latency_ms: per inference (per token for a decoder). bound_ms: milliseconds by what they are bound by.
+    ``notes``: what limits the estimate."""
 
     model: str
     target: str
     precision: str
     latency_ms: Range
     energy_mj: Range
+    energy_parts: Energy
     peak_memory_mb: Range
     calibrated: bool
     nodes: tuple[NodeEstimate, ...] = ()
@@ -68,8 +70,22 @@ class Estimate:
     notes: tuple[str, ...] = ()
 
     def document(self) -> dict[str, Any]:
-        """For ``--json``."""
-        return {**asdict(self), "source": "estimated", "note": NOTE}
+        """For ``--json``: memory and speed as plain numbers, their intervals beside them."""
+        found = asdict(self)
+        found["energy_mj"] |= {"parts": found.pop("energy_parts"), "note": NOTE}
+        for key in ("peak_memory_mb", "tokens_per_second"):
+            whole = found[key]
+            found[key] = whole and whole["p50"]
+            found[f"{key}_interval"] = whole and [whole["low"], whole["high"]]
+        return {**found, "source": "estimated", "note": NOTE}
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """A measurement of the same model and precision on another chip."""
+
+    target: Target
+    latency_ms: float
 
 
 def priced(target: Target) -> Latency:
@@ -84,18 +100,15 @@ def priced(target: Target) -> Latency:
 
 def rates_of(latency: Latency) -> dict[str, dict[str, float]]:
     """precision -> term -> microseconds per unit on this chip."""
-    factors = latency.factors
-    common = factors.get("all", {}).get("all", 1.0)
+    of = {part: latency.factors.get(part, {}) for part in ("all", "group", "precision", "term")}
     group_of = {term: group for group, terms in GROUPS.items() for term in terms}
 
     def factor(precision: str, term: str) -> float:
-        by_group = factors.get("group", {}).get(group_of[term], 1.0)
-        return (
-            common
-            * by_group
-            * factors.get("precision", {}).get(precision, 1.0)
-            * factors.get("term", {}).get(term, 1.0)
-        )
+        keys = {"all": "all", "group": group_of[term], "precision": precision, "term": term}
+        found = 1.0
+        for part, key in keys.items():
+            found *= of[part].get(key, 1.0)
+        return found
 
     return {name: {term: rate[term] * factor(name, term) for term in TERMS} for name, rate in latency.rates.items()}
 
@@ -105,42 +118,59 @@ def interval(latency: Latency) -> tuple[float, bool, tuple[str, ...]]:
     if not latency.factors:
         note = "no measurements of this chip: a typical chip's speed -> edgeforge calibrate with 10 or more models"
         return latency.interval["uncalibrated"], False, (note,)
-    few = float(latency.calibration.get("workloads", 0)) < 20
-    return latency.interval["few" if few else "calibrated"], True, ()
+    count = latency.calibration.get("workloads", 0)
+    if float(count) < ENOUGH:
+        return latency.interval["few"], True, (f"calibrated with {count} measurements only: a wider interval",)
+    return latency.interval["calibrated"], True, ()
 
 
-def estimate_program(program: Program, target: Target, precision: str) -> Estimate:
+def offered(target: Target, precision: str) -> str:
+    """``precision`` without its block size. Raises InvalidInput where the target does not offer it."""
+    known = (*(("float",) if target.fp16 else ()), *target.precisions)
+    name = precision.partition("-b")[0]
+    if name not in PRECISIONS or precision not in known:
+        raise InvalidInput(f"{target.name} does not offer precision {precision!r} -> one of {', '.join(known)}")
+    return name
+
+
+def estimate_program(program: Program, target: Target, precision: str, elsewhere: Elsewhere | None = None) -> Estimate:
     """Estimate one inference. precision: float, w8a8, w8a16, w4a8 or w4a16; an integer graph's own widths win.
 
-    Raises InvalidInput for a target without rates or an unknown precision."""
+    Raises InvalidInput for a target without rates or a precision that it does not offer."""
     latency = priced(target)
-    chosen = PRECISIONS.get(precision.partition("-b")[0])
-    if chosen is None:
-        raise InvalidInput(f"precision {precision!r} -> one of {', '.join(PRECISIONS)}")
+    chosen = PRECISIONS[offered(target, precision)]
     if not program.layers:
         raise InvalidInput(f"{program.name} has no operations to estimate")
-    vtcm = target.figures["vtcm"].value * 1e6 if "vtcm" in target.figures else DEFAULT_VTCM_BYTES
-    parts = times(program, chosen, rates_of(latency), vtcm)
+    parts = times(program, chosen, rates_of(latency))
     total = sum(part.us for part in parts)
     factor, calibrated, notes = interval(latency)
+    if elsewhere is not None:
+        there = estimate_program(program, elsewhere.target, precision)
+        ratio = elsewhere.latency_ms / there.latency_ms.p50
+        notes += (f"the estimate for {elsewhere.target.name} was corrected x {ratio:.2f} by its measurement",)
+        factor = latency.interval["carried"] if calibrated and there.calibrated else factor
+    else:
+        ratio = 1.0
     bounds: Counter[str] = Counter()
     macs: Counter[str] = Counter()
     for part in parts:
-        bounds[part.bound] += part.us / 1e3
+        bounds[part.bound] += part.us * ratio / 1e3
         macs[layer_precision(part.layer, chosen).name] += part.layer.macs
     moved = sum(part.moved_bytes for part in parts)
-    spilled = sum(part.moved_bytes for part in parts if part.moved_bytes > vtcm)
-    used = energy(macs, moved, sum(part.weight_bytes for part in parts) + spilled, total)
-    nodes = tuple(NodeEstimate(p.layer.output, p.layer.op, p.layer.source, p.us, p.bound, p.layer.macs) for p in parts)
+    spilled = sum(part.moved_bytes for part in parts if part.moved_bytes > VTCM_BYTES)
+    used = energy(macs, moved, sum(part.weight_bytes for part in parts) + spilled, total * ratio)
     return Estimate(
         program.name,
         target.name,
         precision,
-        Range.around(total / 1e3, factor),
+        Range.around(total * ratio / 1e3, factor),
         Range.around(used.total_mj, ENERGY_UNCERTAINTY),
-        Range.around(peak_mb(program, chosen), MEMORY_UNCERTAINTY),
+        used,
+        Range.around(peak_mb(program, chosen, latency.memory), latency.interval["memory"]),
         calibrated,
-        nodes,
+        tuple(
+            NodeEstimate(p.layer.output, p.layer.op, p.layer.source, p.us * ratio, p.bound, p.layer.macs) for p in parts
+        ),
         {bound: bounds[bound] for bound in GROUPS if bound in bounds},
         arena_bytes(program, chosen) / 1e6,
         notes=notes,
@@ -150,14 +180,16 @@ def estimate_program(program: Program, target: Target, precision: str) -> Estima
 def estimate_decoder(name: str, model: llm.Decoder, target: Target, context: int) -> Estimate:
     """Estimate a decoder language model at w4a16: one token at the end of ``context``, and the first chunk."""
     latency = priced(target)
-    if not latency.llm:
-        raise InvalidInput(f"{target.name} has no language-model rates -> choose a target that was measured with them")
+    offered(target, "w4a16")
     if context < 1:
         raise InvalidInput(f"context {context} -> at least 1")
     decode, chunk = llm.times_us(model, context, latency.llm)
-    factor = latency.interval["llm"]
-    weights = model.parameters * model.weight_bits / 8
-    dram = weights + model.kv_bytes(context)
+    known = bool(latency.calibration.get("llm_rows"))
+    factor = latency.interval["llm" if known else "uncalibrated"]
+    notes = (f"per token with {context} tokens of context; first_token_ms: of a prompt up to {llm.CHUNK} tokens",)
+    if not known:
+        notes += ("no measured language models on this chip: a typical chip's speed",)
+    dram = model.token_bytes(context)
     used = energy({"w8a16": float(model.parameters)}, dram, dram, decode)
     return Estimate(
         name,
@@ -165,11 +197,11 @@ def estimate_decoder(name: str, model: llm.Decoder, target: Target, context: int
         "w4a16",
         Range.around(decode / 1e3, factor),
         Range.around(used.total_mj, ENERGY_UNCERTAINTY),
-        Range.around((dram + model.width * model.vocab) / 1e6, MEMORY_UNCERTAINTY),
-        bool(latency.factors),
+        used,
+        Range.around((dram + model.embedding_bytes) / 1e6, latency.interval["memory"]),
+        known,
+        bound_ms=llm.bounds_ms(model, context, latency.llm),
         tokens_per_second=Range.around(1e6 / decode, factor),
         first_token_ms=Range.around(chunk / 1e3, factor),
-        notes=(
-            f"tokens per second with {context} tokens of context; first token of a prompt up to {llm.CHUNK} tokens",
-        ),
+        notes=notes,
     )

@@ -7,13 +7,14 @@ get wrong about a workload does not disturb them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from edgeforge.estimate.latency import overlapped
-from edgeforge.estimate.work import DDR, GROUPS, OVERHEAD, TERMS
+from edgeforge.estimate.program import Program
+from edgeforge.estimate.work import DDR, GROUPS, OVERHEAD, TERMS, Precision, stretches, summed, works
 
 Array = np.ndarray
 
@@ -43,7 +44,7 @@ WIDE, DEVIATION = 0.5, 0.5
 TIGHT = {"graph": 0.6, "mac_op": 0.6, "vector_op": 0.6, "move_op": 0.6, "weights": 0.6, "spill": 0.6, "input": 0.6,
          "dilated": 0.4}  # fmt: skip
 TIGHT_DEVIATION = {**TIGHT, "input": 0.5, "dilated": 0.25}
-CAUCHY = 0.1
+CAUCHY = 0.06
 #: Weight of the measurements of one (workload, precision) against the priors.
 TRUST = 2.0
 CHIP_SPREAD = {"all": 1.0, "group": 0.35, "precision": 0.25, "term": 0.25}
@@ -63,10 +64,11 @@ class Samples:
     precision: Array
 
     @classmethod
-    def of(cls, stretches: Sequence[Sequence[Mapping[str, float]]], precisions: Sequence[str]) -> Samples:
-        rows = [[part.get(term, 0.0) for term in TERMS] for parts in stretches for part in parts]
-        sample = np.repeat(np.arange(len(stretches)), [len(parts) for parts in stretches])
-        return cls(np.array(rows), sample, np.array([NAMES.index(name) for name in precisions]))
+    def of(cls, workloads: Sequence[tuple[Program, Precision]]) -> Samples:
+        parts = [[summed(stretch) for stretch in stretches(works(*workload))] for workload in workloads]
+        rows = [[part.get(term, 0.0) for term in TERMS] for stretch in parts for part in stretch]
+        sample = np.repeat(np.arange(len(parts)), [len(stretch) for stretch in parts])
+        return cls(np.array(rows), sample, np.array([NAMES.index(precision.name) for _, precision in workloads]))
 
     def pick(self, keep: Array) -> Samples:
         """The samples with these numbers, in this order (repeats allowed)."""
@@ -122,7 +124,7 @@ def fit_base(samples: Samples, log_us: Array, theta: Array | None = None, steps:
         for p in range(len(NAMES)):
             rows = samples.precision == p
             jacobian[rows, k * (p + 1) : k * (p + 2)] = share[rows]
-        step = _step(jacobian, error, TRUST, scale, theta.ravel(), prior)
+        step = _step(jacobian, error, TRUST / CAUCHY**2 * _cauchy(error, scale), theta.ravel(), prior)
         theta += np.clip(step, -0.5, 0.5).reshape(theta.shape)
         if scale == CAUCHY and np.abs(step).max() < 2e-3:
             break
@@ -130,11 +132,16 @@ def fit_base(samples: Samples, log_us: Array, theta: Array | None = None, steps:
     return theta
 
 
-def _step(jacobian: Array, error: Array, trust: Array | float, scale: float, theta: Array, prior: Array) -> Array:
-    weight = trust / (1 + (error / scale) ** 2) / CAUCHY**2
-    hessian = (jacobian * np.reshape(weight, (-1, 1))).T @ jacobian
+def _step(jacobian: Array, error: Array, weight: Array, theta: Array, prior: Array) -> Array:
+    """One Gauss-Newton step of a weighted least-squares fit with a Gaussian prior around zero."""
+    hessian = (jacobian * weight[:, None]).T @ jacobian
     hessian[np.diag_indices(len(theta))] += 1 / prior**2
     return np.linalg.solve(hessian, jacobian.T @ (weight * error) - theta / prior**2)
+
+
+def _cauchy(error: Array, scale: float) -> Array:
+    """Robust weights: errors far beyond ``scale`` hardly count."""
+    return 1 / (1 + (error / scale) ** 2)
 
 
 # -------------------------------------------------------------------------------------------------------------- chips
@@ -170,10 +177,7 @@ def fit_chip(
             jacobian[:, 1 + g] = share[:, g == GROUP].sum(1)
         jacobian[np.arange(len(error)), _PRECISION + samples.precision] = share.sum(1)
         jacobian[:, _TERM:] = share
-        weight = 1 / (1 + (error / scale) ** 2) / scale**2
-        hessian = (jacobian * weight[:, None]).T @ jacobian
-        hessian[np.diag_indices(CHIP_SIZE)] += 1 / CHIP_PRIOR**2
-        step = np.linalg.solve(hessian, jacobian.T @ (weight * error) - (chip - center) / CHIP_PRIOR**2)
+        step = _step(jacobian, error, _cauchy(error, scale) / scale**2, chip - center, CHIP_PRIOR)
         chip += np.clip(step, -0.7, 0.7)
         if np.abs(step).max() < 1e-3:
             break
@@ -267,17 +271,17 @@ def _relative(samples: Samples, rows: Measured, fit: Fit) -> Array:
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------- decoders
+# ------------------------------------------------------------------------------------------- decoders and memory
 
-DECODER_SPREAD = {"base": 0.7, "chip": 0.35}
+SUM_SPREAD, SUM_SCALE = {"base": 0.7, "chip": 0.35}, 0.1
 
 
-def fit_decoders(amounts: Array, log_us: Array, chips: Array, start: Array, steps: int = 30) -> dict[str, Array]:
+def fit_sums(amounts: Array, log_us: Array, chips: Array, start: Array, steps: int = 30) -> dict[str, Array]:
     """Log rates [terms] per chip (and of a typical one, "") for sums of amounts [n, terms] times rates."""
     names = sorted(set(chips))
     k = len(start)
     theta = np.zeros((1 + len(names), k))
-    prior = np.concatenate([np.full(k, DECODER_SPREAD["base"]), np.full(k * len(names), DECODER_SPREAD["chip"])])
+    prior = np.concatenate([np.full(k, SUM_SPREAD["base"]), np.full(k * len(names), SUM_SPREAD["chip"])])
     which = np.searchsorted(names, chips)
     for _ in range(steps):
         parts = amounts * np.exp(start + theta[0] + theta[1 + which])
@@ -287,7 +291,8 @@ def fit_decoders(amounts: Array, log_us: Array, chips: Array, start: Array, step
         jacobian[:, :k] = share
         for c in range(len(names)):
             jacobian[which == c, k * (c + 1) : k * (c + 2)] = share[which == c]
-        step = _step(jacobian, log_us - np.log(total), 1.0, CAUCHY, theta.ravel(), prior)
+        error = log_us - np.log(total)
+        step = _step(jacobian, error, _cauchy(error, SUM_SCALE) / SUM_SCALE**2, theta.ravel(), prior)
         theta += np.clip(step, -0.5, 0.5).reshape(theta.shape)
         if np.abs(step).max() < 1e-3:
             break

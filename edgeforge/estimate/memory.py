@@ -1,18 +1,21 @@
 """Peak memory of a process that runs the model: what the runtime maps, and buffers that grow with the model.
 
-    peak = fixed + a * weights + b * inputs and outputs + c * largest activation + d * all activations + e * layers
+    peak = sum of `amounts` times the target's rates
 
-fitted to the peak memory of 170 hosted measurements (Android, NPU); the arena alone is `arena_bytes`."""
+The rates are fitted to the peak memory of hosted phones (Android, NPU); the arena alone is `arena_bytes`."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from edgeforge.estimate.program import Program
 from edgeforge.estimate.work import Precision
 
-FIXED_MB, PER_LAYER_MB = 25.8, 0.0616
-WEIGHTS, PORTS, LARGEST, ALL = 2.02, 1.36, 2.7, 0.22
-#: 80 % of the fitted rows lie within x / this to x * this.
-UNCERTAINTY = 1.8
+#: MB of the process, per 10 layers, and per MB of everything else: where a fit starts.
+START = {
+    "process": 26.0, "layers": 0.6, "weights_float": 1.0, "weights_integer": 2.0, "tables": 0.5, "ports": 1.0,
+    "largest": 1.0, "all_float": 0.1, "all_integer": 0.2,
+}  # fmt: skip
 
 
 def arena_bytes(program: Program, precision: Precision) -> float:
@@ -32,14 +35,22 @@ def arena_bytes(program: Program, precision: Precision) -> float:
     return peak * precision.activations / 8
 
 
-def peak_mb(program: Program, precision: Precision) -> float:
+def amounts(program: Program, precision: Precision) -> dict[str, float]:
+    """Amounts of the terms of `START`. Ports are float32, as applications hand them over; tables are embeddings."""
     width = precision.activations / 8 / 1e6
     sizes = [program.size(layer.output) for layer in program.layers] or [0]
-    stored = sum(layer.weights for layer in program.layers) * precision.weights / 8 / 1e6
-    ports = sum(program.size(name) for name in (*program.inputs, *program.outputs))
-    return (
-        FIXED_MB
-        + PER_LAYER_MB * len(program.layers)
-        + WEIGHTS * stored
-        + width * (PORTS * ports + LARGEST * max(sizes) + ALL * sum(sizes))
-    )
+    tables = sum(layer.weights for layer in program.layers if layer.op == "gather")
+    kind = "float" if precision.name == "float" else "integer"
+    return dict.fromkeys(START, 0.0) | {
+        "process": 1.0,
+        "layers": len(program.layers) / 10,
+        f"weights_{kind}": (program.weights - tables) * precision.weights / 8 / 1e6,
+        "tables": tables * precision.weights / 8 / 1e6,
+        "ports": sum(program.size(name) for name in (*program.inputs, *program.outputs)) * 4 / 1e6,
+        "largest": max(sizes) * width,
+        f"all_{kind}": sum(sizes) * width,
+    }
+
+
+def peak_mb(program: Program, precision: Precision, rates: Mapping[str, float]) -> float:
+    return sum(amount * rates[term] for term, amount in amounts(program, precision).items())

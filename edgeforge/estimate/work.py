@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from edgeforge.estimate.program import Layer, Program, Shape
@@ -30,7 +31,7 @@ OVERHEAD = ("graph", "mac_op", "vector_op", "move_op", "batch_op")
 DDR = ("weights", "spill")
 TERMS = (*MAC, *VECTOR, *MOVE, *IO, *OVERHEAD, *DDR)
 #: What a chip's own factors apply to.
-GROUPS = {"mac": MAC, "vector": (*VECTOR, *MOVE, *IO), "overhead": OVERHEAD, "ddr": DDR}
+GROUPS = {"compute": MAC, "vector": (*VECTOR, *MOVE, *IO), "overhead": OVERHEAD, "ddr": DDR}
 MAC_OPS = ("conv2d", "conv3d", "conv_transpose", "linear", "matmul")
 CLAMPS = ("relu", "relu6", "clip", "leaky_relu")
 CLAMPED = ("conv2d", "conv3d", "conv_transpose", "linear", "add")
@@ -121,8 +122,13 @@ class Layout:
         return "free"
 
 
-def works(program: Program, precision: Precision, vtcm_bytes: float = 8e6) -> list[Work]:
-    """One `Work` per layer, in order; fused layers and views have no amounts."""
+#: Bytes of on-chip memory that decide what spills. Chips with less show it in their factor of the spill term.
+VTCM_BYTES = 8e6
+
+
+def works(program: Program, precision: Precision) -> list[Work]:
+    """One `Work` per layer, in order; fused layers and views have no amounts. The first layer also carries the fixed
+    cost and the graph's inputs, the last its outputs."""
     made = {layer.output: layer for layer in program.layers}
     readers: dict[str, list[Layer]] = {}
     for layer in program.layers:
@@ -144,8 +150,10 @@ def works(program: Program, precision: Precision, vtcm_bytes: float = 8e6) -> li
         work.amounts["weights"] = work.weight_bytes / 1e3
         bits = layer.bits or precision.activations
         work.moved_bytes = sum(layout.padded(name) for name in {*layer.inputs, layer.output}) * bits / 8
-        if work.moved_bytes > vtcm_bytes:
+        if work.moved_bytes > VTCM_BYTES:
             work.amounts["spill"] = work.moved_bytes / 1e3
+    out[0].amounts |= {"graph": 1.0, "input": sum(program.size(name) for name in program.inputs) / 1e3}
+    out[-1].amounts["output"] = sum(program.size(name) for name in program.outputs) / 1e3
     return out
 
 
@@ -185,7 +193,7 @@ def _amounts(layer: Layer, layout: Layout, moved: str) -> tuple[str, dict[str, f
     if layer.op in COPIES:
         return "move_op", {"copy": size / 1e3}
     term = CLASSES.get(layer.op, "curve")
-    if layer.op in ("add", "sub", "mul") and len(shape) >= 4 and shape[1] <= 4:
+    if layer.op in ("add", "sub", "mul") and len(shape) >= 4 and shape[1] <= 4 and layout.axis[layer.output] == 1:
         return "vector_op", {"image": math.prod(shape) / 1e3}
     if layer.op in ("add", "sub", "mul", "div") and len(layer.inputs) == 1:
         term = "scale"
@@ -246,13 +254,20 @@ def _padded_macs(layer: Layer, shape: Shape) -> float:
 AHEAD = 6000.0
 
 
-def stretches(program: Program, found: list[Work]) -> list[dict[str, float]]:
-    """Amounts summed over stretches of layers within which fetching and computing overlap."""
-    out: list[Counter[str]] = [Counter()]
-    for work in found:
-        out[-1].update(work.amounts)
-        if out[-1]["weights"] + out[-1]["spill"] >= AHEAD:
-            out.append(Counter())
-    out[0].update({"graph": 1.0, "input": sum(program.size(name) for name in program.inputs) / 1e3})
-    out[-1]["output"] += sum(program.size(name) for name in program.outputs) / 1e3
-    return [dict(amounts) for amounts in out]
+def stretches(found: Sequence[Work]) -> list[Sequence[Work]]:
+    """Runs of layers within which fetching and computing overlap."""
+    out, start, traffic = [], 0, 0.0
+    for i, work in enumerate(found, 1):
+        traffic += work.amounts.get("weights", 0.0) + work.amounts.get("spill", 0.0)
+        if traffic >= AHEAD or i == len(found):
+            out.append(found[start:i])
+            start, traffic = i, 0.0
+    return out
+
+
+def summed(works: Sequence[Work]) -> dict[str, float]:
+    """Amounts of a stretch."""
+    total: Counter[str] = Counter()
+    for work in works:
+        total.update(work.amounts)
+    return dict(total)
