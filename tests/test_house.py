@@ -32,13 +32,14 @@ LAYERS = (
     ("bundle", "measured"),
     ("estimate", "report", "validate", "llm", "conformance"),
     ("pipeline",),
+    ("estimator",),
     ("cli",),
 )
 
 #: Packages that cost seconds or are optional, and where a module may import them when it is imported itself.
 HEAVY = {
     "torch": ("frontend/", "dialects/pt2e", "sim/", "quantize/correct", "conformance/cases", "backends/_executorch"),
-    "onnx": ("frontend/", "dialects/onnx"),
+    "onnx": ("frontend/", "dialects/onnx", "estimate/sketch"),
     "numba": ("sim/",),
     "onnxruntime": ("backends/_qnn_worker",),
     "onnxruntime_qnn": ("backends/_qnn_worker",),

@@ -120,7 +120,7 @@ def interval(latency: Latency) -> tuple[float, bool, tuple[str, ...]]:
         return latency.interval["uncalibrated"], False, (note,)
     count = latency.calibration.get("workloads", 0)
     if float(count) < ENOUGH:
-        return latency.interval["few"], True, (f"calibrated with {count} measurements only: a wider interval",)
+        return latency.interval["few"], True, (f"calibrated with {count:.0f} measurements only: a wider interval",)
     return latency.interval["calibrated"], True, ()
 
 
