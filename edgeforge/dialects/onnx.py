@@ -137,16 +137,23 @@ class _Emitter:
         return self.initialize(self.fresh("scalar"), "f32", np.float32(number))
 
     def clamp(self, n: NodeView, name: str) -> str:
-        """The fused activation: nothing where the output's encoding saturates there anyway; else Relu (or Max) and Min,
-        each behind a sandwich of its own, which gives the same codes. No runtime keeps a fused clamp under a free zero
-        point, and Hexagon's compiler drops a Clip behind another op when it merges the two."""
-        if "clamp" not in n.attrs:
-            return name
-        for code, edge, kind in zip(clamp_codes(n), RANGE[n.out.dtype], ("Max", "Min"), strict=True):
-            if code != edge:
-                limits = () if kind == "Max" and n["clamp"][0] == 0 else (self.limit(n, kind, code),)
-                name = self(kind if limits else "Relu", self.recoded(n, name), *limits)
+        """The fused activation: nothing where the output's encoding saturates there anyway; else behind a sandwich of
+        its own, which gives the same codes (no runtime keeps a fused clamp under a free zero point)."""
+        low, high = clamp_codes(n)
+        if low != RANGE[n.out.dtype][0]:
+            name = self.limit(n, "Max", self.recoded(n, name), low)
+        if high != RANGE[n.out.dtype][1]:
+            name = self.limit(n, "Min", self.recoded(n, name), high)
         return name
+
+    def limit(self, n: NodeView, kind: str, name: str, code: int) -> str:
+        """Max or Min with a code of the output's encoding. Hexagon's compiler merges a Relu or Clip with the op before
+        it, and then rounds otherwise or drops the Clip; these it leaves alone."""
+        assert n.out.q is not None
+        codes, result = self.fresh(f"{kind}.code"), self.fresh(kind)
+        self.initialize(codes, n.out.dtype, np.array([code]))
+        self.add("DequantizeLinear", [codes, *self.encoding(codes, n.out.dtype, n.out.q)], result, result)
+        return self(kind, name, result)
 
     def recoded(self, n: NodeView, name: str) -> str:
         """``name`` through Quantize and Dequantize under the output's encoding."""
@@ -154,13 +161,6 @@ class _Emitter:
         self.quantize(name, codes, n.out, f"{codes}/out")
         result = self.fresh("real")
         return self.add("DequantizeLinear", [codes, f"{codes}/scale", f"{codes}/zero"], result, result)
-
-    def limit(self, n: NodeView, kind: str, code: int) -> str:
-        """One code of the output's encoding as a dequantized constant."""
-        assert n.out.q is not None
-        name, result = self.fresh(f"{kind}.limit"), self.fresh(kind)
-        self.initialize(name, n.out.dtype, np.array([code]))
-        return self.add("DequantizeLinear", [name, *self.encoding(name, n.out.dtype, n.out.q)], result, result)
 
     def linear(self, n: NodeView, x: str, w: str, b: str | None) -> str:
         """Gemm for [N, I]; for higher ranks MatMul with weights stored [I, O], then Add."""
