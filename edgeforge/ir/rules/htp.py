@@ -18,7 +18,7 @@ from edgeforge.ir.fixed import (
     with_range,
 )
 from edgeforge.ir.graph import NodeView
-from edgeforge.ir.rules.exact import EXACT_VALUE, Profile, apply_mean
+from edgeforge.ir.rules.exact import EXACT_VALUE, Profile
 from edgeforge.ir.rules.htp_norm import NORMS
 
 
@@ -127,10 +127,17 @@ def join_bytes(high: Array, low: Array, offset: Array) -> Array:
 
 
 def _derive_htp_mean(n: NodeView) -> Constants:
+    """``half``: half a step, and at 16 bits the highest bit of the number of elements."""
     count = int(np.prod(n["kernel"])) if "kernel" in n.attrs else n.type(0).size // n.out.size
-    s = float(n.q(0).scale) / float(n.q(-1).scale) / count
-    fraction, exponent = np.frexp(s)
-    return with_range(n, mult=int(np.rint(fraction * 2**15)), shift=15 - int(exponent))
+    fraction, exponent = np.frexp(float(n.q(0).scale) / float(n.q(-1).scale) / count)
+    shift = 15 - int(exponent)
+    half = (1 << shift >> 1 if shift > 0 else 0) + (1 << count.bit_length() - 1 if n.type(0).dtype == "u16" else 0)
+    return with_range(n, mult=int(np.rint(fraction * 2**15)), shift=shift, half=half)
+
+
+def _apply_htp_mean(n: NodeView, total: Array) -> Array:
+    """``(total * mult + half) >> shift``; ``total`` is the sum of (code - zero point), the multiplier has 15 bits."""
+    return saturate(n, shift_right(total * n.fixed["mult"] + n.fixed["half"], n.fixed["shift"]))
 
 
 _EXACT8 = {
@@ -150,7 +157,7 @@ RULES = (
     Rule("htp_dw2", _derive_dw2, _apply_dw2, "exact"),
     Rule("htp16", _derive_htp16, _apply_htp16, "exact", bytewise=True),
     Rule("htp16_v68", _derive_htp16, _apply_htp16, "bounded", "v73's rule: 20 % identical, 30 LSB", bytewise=True),
-    Rule("htp_mean", _derive_htp_mean, apply_mean, "exact"),
+    Rule("htp_mean", _derive_htp_mean, _apply_htp_mean, "exact"),
 )
 _EXACT16 = {
     "dot": "htp16",
@@ -158,6 +165,7 @@ _EXACT16 = {
     "add": "htp_sum16",
     "sub": "htp_sum16",
     "mul": "htp_product16",
+    "mean": "htp_mean",
     "requantize": "htp_requantize16",
 }
 PROFILES: dict[str, Profile] = {
