@@ -31,16 +31,32 @@ def rule_of(profile: str, family: str, n: NodeView) -> Rule:
     table = widths["u16"] if "u16" in activations else widths["u8"]
     if len(activations) > 1:
         table = widths.get("mixed", table)
-    if "dot_dw2" in table and _is_depthwise_stride_2(n):
+    if "pool" in table and n.node.op == "avg_pool" and not covers_image(n):
+        family = "pool"
+    if "dot_dw2" in table and family in ("dot", "pool") and _is_depthwise_stride_2(n):
         return RULES[table["dot_dw2"]]
     if dot and "dot_i4" in table and n.type(1).dtype == "i4":
         return RULES[table["dot_i4"]]
     return RULES[table.get(n.node.op, table[family])]
 
 
+def covers_image(n: NodeView) -> bool:
+    """Whether a pooling window is the whole image."""
+    return n["kernel"] == n.shape(0)[2:] and not any(n["pads"])
+
+
+def averages_apart(n: NodeView) -> bool:
+    """Whether Hexagon averages as a depthwise convolution: those of strides above 4 it refuses, those of 2 to 4
+    channels it computes wrongly."""
+    return n.shape(0)[1] > 4 and max(n["stride"]) <= 4
+
+
 def _is_depthwise_stride_2(n: NodeView) -> bool:
     """Whether Hexagon has its own kernel: for sides of 3 to 7, but not of 4 at 16 bits."""
-    if n.node.op != "conv2d" or n["stride"] != (2, 2) or not 1 < n["groups"] == n.shape(0)[1] == n.shape(1)[0]:
+    if n.node.op not in ("conv2d", "avg_pool") or n["stride"] != (2, 2):
         return False
-    sides = n.shape(1)[2:]
-    return 3 <= min(sides) and max(sides) <= 7 and not (n.type(0).dtype == "u16" and 4 in sides)
+    channels, sides = n.shape(0)[1], n["kernel"] if "kernel" in n.attrs else n.shape(1)[2:]
+    alone = averages_apart(n) if n.node.op == "avg_pool" else n["groups"] == channels == n.out.shape[1]
+    return (
+        alone and channels > 1 and 3 <= min(sides) and max(sides) <= 7 and not (n.type(0).dtype == "u16" and 4 in sides)
+    )

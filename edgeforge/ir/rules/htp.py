@@ -48,8 +48,8 @@ def _rounded_bias(n: NodeView) -> Constants:
 
 
 def htp_ratio(n: NodeView) -> Array:
-    """float32 ((s_x * max s_w) / s_y) * (s_w / max s_w), as float64 [C] or [1]."""
-    scales = f32(channel_scale(n.q(1)).reshape(-1))
+    """float32 ((s_x * max s_w) / s_y) * (s_w / max s_w), as float64 [C] or [1]. The weights of an average are 1."""
+    scales = f32([1 / np.prod(n["kernel"])] if "kernel" in n.attrs else channel_scale(n.q(1)).reshape(-1))
     widest = scales.max()
     tensor = f32(f32(n.q(0).scale * widest) / n.q(-1).scale)
     return f32(tensor * f32(scales / widest)).astype(np.float64)
@@ -126,9 +126,15 @@ def join_bytes(high: Array, low: Array, offset: Array) -> Array:
     return high + (low >> 8) - ((offset + 128) >> 8)
 
 
+def _apply_pool16(n: NodeView, total: Array) -> Array:
+    """``total``, the sum of (code - zero point), as a sum of weights 1 comes out of `join_bytes`."""
+    offset = int(np.prod(n["kernel"])) * n.zero(0)
+    return _apply_htp16(n, ((total + offset) >> 8) - ((offset + 128) >> 8))
+
+
 def _derive_htp_mean(n: NodeView) -> Constants:
     """``half``: half a step, and at 16 bits the highest bit of the number of elements."""
-    count = int(np.prod(n["kernel"])) if "kernel" in n.attrs else n.type(0).size // n.out.size
+    count = n.type(0).size // n.out.size
     fraction, exponent = np.frexp(float(n.q(0).scale) / float(n.q(-1).scale) / count)
     shift = 15 - int(exponent)
     half = (1 << shift >> 1 if shift > 0 else 0) + (1 << count.bit_length() - 1 if n.type(0).dtype == "u16" else 0)
@@ -143,6 +149,7 @@ def _apply_htp_mean(n: NodeView, total: Array) -> Array:
 _EXACT8 = {
     "dot": "htp8",
     "dot_dw2": "htp_dw2",
+    "pool": "htp8",
     "add": "htp_sum",
     "sub": "htp_sum",
     "mul": "htp_product",
@@ -157,11 +164,13 @@ RULES = (
     Rule("htp_dw2", _derive_dw2, _apply_dw2, "exact"),
     Rule("htp16", _derive_htp16, _apply_htp16, "exact", bytewise=True),
     Rule("htp16_v68", _derive_htp16, _apply_htp16, "bounded", "v73's rule: 20 % identical, 30 LSB", bytewise=True),
+    Rule("htp_pool16", _derive_htp16, _apply_pool16, "exact"),
     Rule("htp_mean", _derive_htp_mean, _apply_htp_mean, "exact"),
 )
 _EXACT16 = {
     "dot": "htp16",
     "dot_dw2": "htp_dw2",
+    "pool": "htp_pool16",
     "add": "htp_sum16",
     "sub": "htp_sum16",
     "mul": "htp_product16",
@@ -175,7 +184,7 @@ PROFILES: dict[str, Profile] = {
         "mixed": {**EXACT_VALUE, **_EXACT16, **NORMS["u16"]},
     },
     "htp-v68": {
-        "u8": {**EXACT_VALUE, **_EXACT8, "dot": "htp8_v68"},
+        "u8": {**EXACT_VALUE, **_EXACT8, "dot": "htp8_v68", "pool": "htp8_v68"},
         "u16": {**EXACT_VALUE, **_EXACT16, "dot": "htp16_v68"},
     },
 }
