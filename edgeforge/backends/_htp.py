@@ -53,7 +53,7 @@ def prepare(graph: Graph, target: Target) -> tuple[Graph, tuple[Edit, ...]]:
     """The graph in forms that Hexagon computes in integers, and every change. Names of inputs and outputs stay; the new
     nodes carry no rounding constants (`with_profile` adds them)."""
     edits: list[Edit] = []
-    for step in (_split_silu, _layer_norm, _average, _pad, _equal_widths, _transpose):
+    for step in (_split_silu, _layer_norm, _average, _pad, _flat, _equal_widths, _transpose):
         editor = _Editor(graph)
         for node in graph.nodes:
             step(editor, node)
@@ -136,6 +136,22 @@ def _pad(e: _Editor, node: Node) -> None:
     name = e.put(Node("pad", node.inputs[:1], f"{node.output}.padded", {"pads": pads}, node.source), padded)
     e.put(replace(node, inputs=(name, *node.inputs[1:]), attrs=dict(node.attrs) | {"pads": (0, 0, 0, 0)}))
     e.note(node, "padded by an op of its own", "HTP's kernel fills its left edge with a wrong low byte")
+
+
+def _flat(e: _Editor, node: Node) -> None:
+    """y = linear(x, w, b) of rank 3 and more   =>   the same on rows: reshape, linear, reshape
+
+    HTP's fully connected op takes a bias; a matrix product takes none, and an int32 addition is not offered."""
+    if node.op != "linear" or len(node.inputs) < 3 or len(e.graph.type(node.output).shape) == 2:
+        e.put(node)
+        return
+    x, y = (e.graph.type(name) for name in (node.inputs[0], node.output))
+    rows = (x.size // x.shape[-1],)
+    flat, out = (replace(kind, shape=(*rows, kind.shape[-1])) for kind in (x, y))
+    name = f"{node.output}.rows"
+    e.put(Node("reshape", node.inputs[:1], f"{name}.in", {"shape": flat.shape}, node.source), flat)
+    e.put(replace(node, inputs=(f"{name}.in", *node.inputs[1:]), output=name), out)
+    e.put(Node("reshape", (name,), node.output, {"shape": y.shape}, node.source))
 
 
 def _widened(kind: TensorType) -> TensorType:
@@ -225,6 +241,9 @@ def refusals(graph: Graph, target: Target) -> list[Reason]:
         if b.q.block is not None and a.dtype == "u8":
             why = "block-wise weights with 8-bit activations are not offered by HTP"
             reasons.append(Reason(where, node.op, why, "w4a16 with the same block, or per-channel w4a8"))
+        elif b.q.block is not None and len(node.inputs) > 2:
+            why = "block-wise weights with a bias are computed in float16 by HTP"
+            reasons.append(Reason(where, node.op, why, "per-channel w8a16, or no bias"))
         if node.op != "matmul":
             continue
         if (a.dtype, b.dtype, graph.type(node.output).dtype) == ("u8", "u16", "u8"):
