@@ -1,5 +1,5 @@
 """Hexagon's softmax and RMSNorm, v73-v81: rules found by probing the HTP emulator (QNN 2.49) with integers in and
-integers out. docs/numerics-norm.md has the evidence."""
+integers out. docs/numerics.md has the evidence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Element-wise functions on Hexagon: the closed rules, and tables that were measured. docs/numerics-unary.md has the
+"""Element-wise functions on Hexagon: the closed rules, and tables that were measured. docs/numerics.md has the
 evidence."""
 
 from __future__ import annotations
