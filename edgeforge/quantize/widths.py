@@ -3,8 +3,8 @@
     y: u16 = op(a: u16, b: u8)   =>   b16 = requantize(b) (codes times 256); y = op(a, b16)
     y: u8 = op(a: u16)           =>   y16: u16 = op(a); y = requantize(y16)
 
-The wide encoding of an 8-bit value stands for the same real numbers, so that widening rounds nothing; a narrow result is
-rounded twice, as the runtime does."""
+The wide encoding of an 8-bit value stands for the same real numbers: widening rounds nothing. A narrow result is rounded
+twice, as in the runtime."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from edgeforge.ir.types import RANGE, QParams, TensorType, Value
 
 
 def equal_widths(graph: Graph) -> Graph:
-    """``graph`` with one width at each node; changes of encoding, data movement and the uint8 second operand of a 16-bit
-    product stay. The new nodes have no rounding constants yet."""
+    """``graph`` with one width at each node; changes of encoding, data movement and the uint8 second operand of a
+    16-bit product stay. The new nodes have no rounding constants yet."""
     values, nodes = dict(graph.values), []
     for node in graph.nodes:
         wide = _wide_ports(graph, node)
