@@ -3,8 +3,8 @@
     y: u16 = op(a: u16, b: u8)   =>   b16 = requantize(b) (codes times 256); y = op(a, b16)
     y: u8 = op(a: u16)           =>   y16: u16 = op(a); y = requantize(y16)
 
-The wide encoding of an 8-bit value stands for the same real numbers: widening rounds nothing. A narrow result is rounded
-twice, as in the runtime."""
+The wide encoding of an 8-bit value stands for the same real numbers: widening rounds nothing. A narrow result is
+rounded twice, as in the runtime."""
 
 from __future__ import annotations
 
