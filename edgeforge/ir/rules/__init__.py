@@ -33,6 +33,8 @@ def rule_of(profile: str, family: str, n: NodeView) -> Rule:
         table = widths.get("mixed", table)
     if "dot_dw2" in table and _is_depthwise_stride_2(n):
         return RULES[table["dot_dw2"]]
+    if "softmax_short" in table and n.node.op == "softmax" and n.shape(0)[n["axis"]] < 3:
+        return RULES[table["softmax_short"]]
     if dot and "dot_i4" in table and n.type(1).dtype == "i4":
         return RULES[table["dot_i4"]]
     return RULES[table.get(n.node.op, table[family])]
