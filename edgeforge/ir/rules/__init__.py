@@ -41,6 +41,8 @@ def rule_of(profile: str, family: str, n: NodeView) -> Rule:
 
 
 def _is_depthwise_stride_2(n: NodeView) -> bool:
-    if n.node.op != "conv2d":
+    """Whether Hexagon has its own kernel: for sides of 3 to 7, but not of 4 at 16 bits."""
+    if n.node.op != "conv2d" or n["stride"] != (2, 2) or not 1 < n["groups"] == n.shape(0)[1] == n.shape(1)[0]:
         return False
-    return 1 < n["groups"] == n.shape(0)[1] == n.shape(1)[0] and n["stride"] == (2, 2)
+    sides = n.shape(1)[2:]
+    return 3 <= min(sides) and max(sides) <= 7 and not (n.type(0).dtype == "u16" and 4 in sides)
