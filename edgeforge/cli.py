@@ -318,6 +318,90 @@ def calibrate(
 
 
 @app.command()
+def bench(
+    bundle: Path,
+    on: Annotated[str, typer.Option(help="host")] = "host",
+    backend: Annotated[list[str] | None, typer.Option(help="only this artifact (repeatable)")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="cores, pinned")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="timed inferences")] = 50,
+    warmup: Annotated[int, typer.Option(min=0, help="inferences before those")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Run the artifacts of BUNDLE, check their integers, and keep the figures beside it and in the results database."""
+    from edgeforge.bundle import load_bundle
+    from edgeforge.devices import host
+    from edgeforge.devices.store import Store
+
+    if on != "host":
+        raise InvalidInput(f"--on {on} -> host")
+    opened, store = load_bundle(bundle), Store()
+    found = host.bench(opened, backend or (), threads, repeats, warmup, _say)
+    for result in found:
+        store.add(result, opened)
+    _print_results(found, f"{opened.manifest.model} {opened.manifest.precision} on {on}", as_json)
+
+
+def _print_results(results: list[Any], title: str, as_json: bool) -> None:
+    if as_json:
+        _print({"results": [result.document() for result in results]})
+        return
+    columns = ["artifact", "device", "source", "p50 ms", "p90 ms", "load ms", "peak MB", "golden", "flags"]
+    rows = []
+    for r in results:
+        ms = [r.percentiles_us[p] / 1e3 if r.latency_us else None for p in ("p50", "p90")]
+        golden = r.golden.status if r.golden.identical in (None, 1) else f"{r.golden.identical:.2%} identical"
+        about = [r.artifact, r.device.name, r.source, *ms, r.load_ms, r.peak_memory_mb, golden, "; ".join(r.flags)]
+        rows.append(about)
+    _table(title, columns, rows)
+
+
+@app.command()
+def ingest(
+    file: Path,
+    bundle: Annotated[Path | None, typer.Option(help="what was run; default: the known bundle of that hash")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check a device's result FILE against its bundle, flag what is wrong with it, and keep it."""
+    from edgeforge.devices.store import Store
+    from edgeforge.devices.store import ingest as run
+
+    result, fresh = run(file, bundle, Store())
+    _print_results([result], f"{file}: {'kept' if fresh else 'known already'}", as_json)
+
+
+@app.command()
+def results(
+    model: str | None = None,
+    artifact: str | None = None,
+    device: str | None = None,
+    devices: Annotated[bool, typer.Option("--devices", help="real devices only: the table to compare them by")] = False,
+    export: Annotated[Path | None, typer.Option(help="write the rows to .csv, or whole results to .json")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="print the JSON schema of a result")] = False,
+    as_json: Json = False,
+) -> None:
+    """Query the results database (EDGEFORGE_RESULTS)."""
+    from edgeforge.devices.result import DeviceResult
+    from edgeforge.devices.store import COLUMNS, Store, to_csv
+
+    if schema:
+        _print(DeviceResult.model_json_schema(by_alias=True))
+        return
+    if export is not None and export.suffix not in (".csv", ".json"):
+        raise InvalidInput(f"--export {export} -> a file that ends in .csv or .json")
+    store = Store()
+    rows = store.rows(devices, model=model, artifact=artifact, device=device)
+    if export is not None:
+        chosen = {(row["run_id"], row["artifact"]) for row in rows}
+        whole = [r.document() for r in store.documents() if (r.run_id, r.artifact) in chosen]
+        export.write_text(to_csv(rows) if export.suffix == ".csv" else json.dumps({"results": whole}, indent=1) + "\n")
+    if as_json:
+        _print({"results": rows})
+        return
+    shown = [c for c in COLUMNS if c not in ("soc", "target", "run_id")]
+    _table("real devices" if devices else "results", shown, [[row[c] for c in shown] for row in rows])
+
+
+@app.command()
 def targets(as_json: Json = False) -> None:
     """List the catalogue of targets."""
     from edgeforge.target import load_target, names
