@@ -249,7 +249,7 @@ def show(
     from edgeforge.bundle import MANIFEST, load_bundle
     from edgeforge.ir.text import print_graph
     from edgeforge.pipeline import load
-    from edgeforge.report import deviations
+    from edgeforge.report.text import deviations
 
     bundle = load_bundle(Path(what)) if (Path(what) / MANIFEST).is_file() else None
     graph = bundle.graph if bundle else load(what).imported.graph
@@ -399,6 +399,33 @@ def results(
         return
     shown = [c for c in COLUMNS if c not in ("soc", "target", "run_id")]
     _table("real devices" if devices else "results", shown, [[row[c] for c in shown] for row in rows])
+
+
+@app.command()
+def report(
+    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...")],
+    out: Annotated[Path | None, typer.Option(help="the page; default: BUNDLE.html, or report.html for several")] = None,
+    compare: Annotated[bool, typer.Option(help="put the bundles side by side")] = False,
+    run: Annotated[bool, typer.Option(help="run every artifact that runs here, not the simulator alone")] = True,
+    per_node: Annotated[
+        list[str] | None, typer.Option("--per-node", help="compare each node on this backend (repeatable; slow)")
+    ] = None,
+) -> None:
+    """Write one HTML page over BUNDLEs and their results, that opens offline, and print its summary."""
+    from edgeforge.report.gather import gather
+    from edgeforge.report.page import render, summary
+
+    facts = [gather(bundle, run, per_node or (), _say) for bundle in bundles]
+    place = out or (
+        bundles[0].resolve().with_name(f"{bundles[0].resolve().name}.html")
+        if len(bundles) == 1
+        else Path("report.html")
+    )
+    place.write_text(render(facts, compare))
+    for one in facts:
+        columns, rows = summary(one)
+        _table(one.name, columns, rows)
+    print(f"report: {place}")
 
 
 @app.command()
