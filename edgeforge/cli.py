@@ -320,25 +320,50 @@ def calibrate(
 @app.command()
 def bench(
     bundle: Path,
-    on: Annotated[str, typer.Option(help="host")] = "host",
+    on: Annotated[str, typer.Option(help="host, or hub (Qualcomm AI Hub's devices)")] = "host",
     backend: Annotated[list[str] | None, typer.Option(help="only this artifact (repeatable)")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="cores, pinned")] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="timed inferences")] = 50,
-    warmup: Annotated[int, typer.Option(min=0, help="inferences before those")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="host: cores, pinned")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="host: timed inferences")] = 50,
+    warmup: Annotated[int, typer.Option(min=0, help="host: inferences before those")] = 5,
+    device: Annotated[
+        list[str] | None, typer.Option(help="hub: a device, a target or chipset:NAME (repeatable); default: the target")
+    ] = None,
+    compile_only: Annotated[bool, typer.Option("--compile-only", help="hub: stop before the device")] = False,
+    timeout: Annotated[float, typer.Option(min=0, help="hub: minutes to wait; the run can be gone on with")] = 60,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="hub: say what would be uploaded")] = False,
     as_json: Json = False,
 ) -> None:
     """Run the artifacts of BUNDLE, check their integers, and keep the figures beside it and in the results database."""
     from edgeforge.bundle import load_bundle
-    from edgeforge.devices import host
     from edgeforge.devices.store import Store
 
-    if on != "host":
-        raise InvalidInput(f"--on {on} -> host")
-    opened, store = load_bundle(bundle), Store()
-    found = host.bench(opened, backend or (), threads, repeats, warmup, _say)
-    for result in found:
-        store.add(result, opened)
+    opened, names, store = load_bundle(bundle), tuple(backend or ()), Store()
+    if on == "host":
+        from edgeforge.devices import host
+
+        found = host.bench(opened, names, threads, repeats, warmup, _say)
+        for result in found:
+            store.add(result, opened)
+    elif on == "hub":
+        from edgeforge.devices import hub
+
+        if dry_run:
+            _print_plan(hub.plan(opened, names, compile_only), device or [opened.target.name], as_json)
+            return
+        patience = hub.Patience(timeout_s=timeout * 60)
+        found = hub.bench(opened, store, tuple(device or ()), names, compile_only, patience, _say)
+    else:
+        raise InvalidInput(f"--on {on} -> host or hub")
     _print_results(found, f"{opened.manifest.model} {opened.manifest.precision} on {on}", as_json)
+
+
+def _print_plan(uploads: Any, devices: list[str], as_json: bool) -> None:
+    rows = [{"artifact": u.artifact, "file": str(u.file), "bytes": u.size, "jobs": list(u.steps)} for u in uploads]
+    if as_json:
+        _print({"devices": devices, "uploads": rows})
+        return
+    cells = [[r["artifact"], r["file"], f"{r['bytes'] / 1e6:.2f}", " ".join(r["jobs"])] for r in rows]
+    _table(f"would be uploaded for {', '.join(devices)}", ["artifact", "file", "MB", "jobs"], cells)
 
 
 def _print_results(results: list[Any], title: str, as_json: bool) -> None:
