@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from edgeforge.ir.graph import Graph
 from edgeforge.target import Target
 
 Codes = Mapping[str, np.ndarray]
+Step = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,18 @@ class Backend(Protocol):
 
     def run(self, folder: Path, graph: Graph, target: Target, feeds: Codes) -> dict[str, np.ndarray]:
         """Output codes of the artifact for input codes ``feeds`` (any batch), by value name of ``graph``."""
+        ...
+
+
+@runtime_checkable
+class Resident(Protocol):
+    """A backend whose artifacts run in this process, so that one inference can be timed apart from loading."""
+
+    def open(
+        self, folder: Path, graph: Graph, target: Target, threads: int | None = None
+    ) -> AbstractContextManager[Step]:
+        """The artifact, loaded: a function from the codes of one batch to output codes. threads: None, the runtime's
+        own choice."""
         ...
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeforge.backends import Artifact, Codes, Edit
+from edgeforge.backends import Artifact, Codes, Edit, Step
 from edgeforge.backends._child import in_batches
 from edgeforge.backends._log import new_log, redirected, telling_lines
 from edgeforge.errors import BackendFailed, Reason
@@ -74,9 +74,17 @@ class ExecutorchXnnpack:
         return Artifact((MODEL,), edits=_edits(graph), islands=islands(graph))
 
     def run(self, folder: Path, graph: Graph, target: Target, feeds: Codes) -> dict[str, np.ndarray]:
+        with self.open(folder, graph, target) as step:
+            return in_batches(step, {name: graph.type(name).shape[0] for name in graph.inputs}, feeds)
+
+    @contextmanager
+    def open(self, folder: Path, graph: Graph, target: Target, threads: int | None = None) -> Iterator[Step]:
         with _quiet(self.name):
+            from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
             from executorch.runtime import Runtime
 
+            if threads is not None:
+                _unsafe_reset_threadpool(threads)
             # The program must outlive its method: the runtime keeps no reference.
             program = Runtime.get().load_program((folder / MODEL).read_bytes())
             method = program.load_method("forward")
@@ -87,7 +95,7 @@ class ExecutorchXnnpack:
                     name: _leaving(graph.type(name), y.numpy()) for name, y in zip(graph.outputs, results, strict=True)
                 }
 
-            return in_batches(step, {name: graph.type(name).shape[0] for name in graph.inputs}, feeds)
+            yield step
 
 
 def _lower(graph: Graph) -> bytes:
