@@ -72,17 +72,17 @@ def quantize(model: Model, recipe: Recipe, target: Target, data: Dataset, requan
     Raises Unsupported with every node (or kept encoding) that the target cannot run as asked."""
     graph = model.imported.graph
     if model.imported.encodings and not requantize:
-        return convert(graph, plan_from(model.imported, recipe, target), target.numerics)
+        return convert(graph, plan_from(model.imported, recipe, target), target)
     samples = data.head(recipe.calibration.samples)
     bits = 16 if Precision(recipe.precision).activations == "u16" else 8
     ranges = calibrate(
         graph, _Batches(samples), recipe.calibration.method, lambda name: bits, recipe.calibration.percentile
     )
     plan = assign(graph, ranges, recipe, target)
-    quantized = convert(graph, plan, target.numerics, recipe.weights)
+    quantized = convert(graph, plan, target, recipe.weights)
     if recipe.bias_correction:
         corrected = correct_biases(graph, quantized, data.head(recipe.bias_correction).stacked())
-        quantized = convert(corrected, plan, target.numerics, recipe.weights)
+        quantized = convert(corrected, plan, target, recipe.weights)
     return quantized
 
 

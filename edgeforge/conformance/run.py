@@ -17,7 +17,7 @@ from edgeforge.errors import BackendFailed, InvalidInput
 from edgeforge.ir.op import OPS
 from edgeforge.ir.rules import RULES
 from edgeforge.ir.text import print_graph, tensors
-from edgeforge.quantize.convert import with_profile
+from edgeforge.quantize.convert import as_computed, with_profile
 from edgeforge.sim.evaluate import simulate
 from edgeforge.sim.parity import parity
 from edgeforge.target import Target
@@ -96,6 +96,8 @@ def conformance(
         for start in range(0, len(rows), together):
             part = rows[start : start + together]
             cases = [make_case(op, precision, k, seed, forced) for op, precision in part for k in range(samples)]
+            if forced is not None:
+                cases = [replace(case, graph=as_computed(case.graph, target)) for case in cases]
             made = outcomes(chosen, child, target, cases)
             for key in part:
                 row = count([o for o in made if o.case.row == key], chosen.numerics or target.numerics, keep)
