@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from edgeforge.errors import InvalidInput
-from edgeforge.frontend.decoder import positions_and_masks
 from edgeforge.frontend.families import decoder_config
 from edgeforge.frontend.huggingface import from_folder
+from edgeforge.llm.steps import positions_and_masks
 from edgeforge.sim.evaluate import run_float
 
 TINYLM = Path(__file__).parents[1] / "models" / "tinylm"
@@ -111,7 +111,7 @@ def stepwise(language, ids: torch.Tensor, chunk: int, run=None) -> torch.Tensor:
         count = (total - start) % chunk or chunk
         padded = torch.zeros(1, chunk, dtype=torch.int64)
         padded[:, chunk - count :] = ids[:, start : start + count]
-        positions, masks = positions_and_masks([start], chunk, count, past, c.masks, -1e9)
+        positions, *masks = map(torch.from_numpy, positions_and_masks([start], chunk, count, past, c.masks))
         cache = [t for k, v in zip(keys, values, strict=True) for t in (k[..., :past], v[:, :, :past])]
         y, *new = (run or decoder)(padded, positions, *masks, *cache)
         for layer in range(c.layers):
@@ -250,10 +250,10 @@ def test_the_embedded_model_reads_as_a_hugging_face_folder():
     (wanted,) = run_float(load("tinylm").imported.graph, {"ids": window}).values()
     language = from_folder(TINYLM, "tinylm")
     with torch.no_grad():
-        masks = positions_and_masks([0], 40, 40, 0, (None,), -1e9)
+        positions, mask = map(torch.from_numpy, positions_and_masks([0], 40, 40, 0, (None,)))
         c = language.config
         past = [torch.zeros(1, c.kv_heads, c.head_dim, 0), torch.zeros(1, c.kv_heads, 0, c.head_dim)] * c.layers
-        got = language.decoder(64)(torch.from_numpy(ids), masks[0], *masks[1], *past)[0]
+        got = language.decoder(64)(torch.from_numpy(ids), positions, mask, *past)[0]
     np.testing.assert_allclose(got[0].numpy(), wanted[0, :40], atol=2e-4)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +16,8 @@ from edgeforge.ir.graph import Graph
 from edgeforge.target import Target
 
 Codes = Mapping[str, np.ndarray]
+#: One run of an artifact: codes in, codes out, for the batch that the graph declares.
+Step = Callable[[Codes], Mapping[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,10 @@ class Backend(Protocol):
 
     def run(self, folder: Path, graph: Graph, target: Target, feeds: Codes) -> dict[str, np.ndarray]:
         """Output codes of the artifact for input codes ``feeds`` (any batch), by value name of ``graph``."""
+        ...
+
+    def opened(self, folder: Path, graph: Graph, target: Target) -> AbstractContextManager[Step]:
+        """The artifact, loaded once for many runs."""
         ...
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeforge.backends import Artifact, Codes, Edit
+from edgeforge.backends import Artifact, Codes, Edit, Step
 from edgeforge.backends._child import in_batches
 from edgeforge.backends._log import new_log, redirected, telling_lines
 from edgeforge.errors import BackendFailed, Reason
@@ -74,6 +74,12 @@ class ExecutorchXnnpack:
         return Artifact((MODEL,), edits=_edits(graph), islands=islands(graph))
 
     def run(self, folder: Path, graph: Graph, target: Target, feeds: Codes) -> dict[str, np.ndarray]:
+        sizes = {name: graph.type(name).shape[0] for name in graph.inputs}
+        with self.opened(folder, graph, target) as step:
+            return in_batches(step, sizes, feeds)
+
+    @contextmanager
+    def opened(self, folder: Path, graph: Graph, target: Target) -> Iterator[Step]:
         with _quiet(self.name):
             from executorch.runtime import Runtime
 
@@ -81,13 +87,13 @@ class ExecutorchXnnpack:
             program = Runtime.get().load_program((folder / MODEL).read_bytes())
             method = program.load_method("forward")
 
-            def step(piece: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        def step(piece: Codes) -> dict[str, np.ndarray]:
+            with _quiet(self.name):
                 results = method.execute([_entering(graph.type(name), piece[name]) for name in graph.inputs])
-                return {
-                    name: _leaving(graph.type(name), y.numpy()) for name, y in zip(graph.outputs, results, strict=True)
-                }
+            named = zip(graph.outputs, results, strict=True)
+            return {name: _leaving(graph.type(name), y.numpy()) for name, y in named}
 
-            return in_batches(step, {name: graph.type(name).shape[0] for name in graph.inputs}, feeds)
+        yield step
 
 
 def _lower(graph: Graph) -> bytes:

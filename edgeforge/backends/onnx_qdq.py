@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgeforge.backends import Artifact, Codes
+from edgeforge.backends import Artifact, Codes, Step
 from edgeforge.backends._child import in_batches
 from edgeforge.errors import Reason
 from edgeforge.ir.graph import Graph
@@ -46,10 +48,14 @@ class OnnxQdq:
         return Artifact(files=write_onnx(to_onnx(graph), folder / MODEL), options=OPTIONS)
 
     def run(self, folder: Path, graph: Graph, target: Target, feeds: Codes) -> dict[str, np.ndarray]:
-        session = self.session(folder / MODEL)
-        outputs = list(graph.outputs)
         sizes = {name: graph.type(name).shape[0] for name in graph.inputs}
-        return in_batches(lambda piece: dict(zip(outputs, session.run(outputs, piece), strict=True)), sizes, feeds)
+        with self.opened(folder, graph, target) as step:
+            return in_batches(step, sizes, feeds)
+
+    @contextmanager
+    def opened(self, folder: Path, graph: Graph, target: Target) -> Iterator[Step]:
+        session, outputs = self.session(folder / MODEL), list(graph.outputs)
+        yield lambda feeds: dict(zip(outputs, session.run(outputs, dict(feeds)), strict=True))
 
     def session(self, model: Path) -> Any:
         import onnxruntime

@@ -5,8 +5,6 @@ Gemma's 1 + w gains and embedding scale, the order of rotary pairs): the graph h
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -222,26 +220,3 @@ def pair_order(size: int, rotary: int, adjacent: bool) -> list[int]:
     still = range(rotary, size)
     middle = len(still) // 2
     return [*first, *still[:middle], *second, *still[middle:]]
-
-
-def positions_and_masks(
-    starts: Sequence[int], chunk: int, count: int, past: int, windows: Sequence[int | None], blocked: float
-) -> tuple[Tensor, list[Tensor]]:
-    """Positions [B, chunk] and one mask [B, 1, chunk, past + chunk] per window, for sequences of which ``starts``
-    tokens are in the cache (in its first rows) and whose next ``count`` end the chunk; what is before is padding."""
-    padding = chunk - count
-    place = torch.arange(chunk) - padding
-    start = torch.tensor(list(starts))[:, None]
-    positions = (start + place).clamp(min=0)
-    behind = torch.arange(past)[None].expand(len(starts), -1)
-    behind = torch.where(behind < start, behind, math.inf)
-    own = torch.where(place >= 0, start + place, math.inf)
-    column = torch.cat([behind, own], 1)[:, None]
-    row = positions[:, :, None]
-    itself = torch.cat([torch.zeros(chunk, past, dtype=torch.bool), torch.eye(chunk, dtype=torch.bool)], 1)
-    masks = []
-    for window in windows:
-        seen = (column <= row) & (column > row - (math.inf if window is None else window))
-        seen |= itself & (place < 0)[:, None]
-        masks.append(torch.where(seen, 0.0, blocked)[:, None])
-    return positions, masks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +12,7 @@ from torch import Tensor
 from edgeforge.errors import InvalidInput
 from edgeforge.frontend.decoder import Decoder, DecoderConfig, pair_order
 from edgeforge.frontend.torch import from_module
-from edgeforge.ir.graph import Graph, Node
-from edgeforge.ir.types import Value
+from edgeforge.ir.graph import Graph
 from edgeforge.passes import optimize
 
 
@@ -26,6 +26,22 @@ class Language:
     weights: Mapping[str, Tensor]
     tokenizer: str
     chat_template: str | None = None
+
+    def encoder(self) -> Any:
+        """The `tokenizers.Tokenizer`."""
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_str(self.tokenizer)
+
+    @property
+    def bos(self) -> int | None:
+        """The id that begins a text: what the tokenizer puts there; of tokenizers without a post-processor, the
+        model's."""
+        tokenizer = self.encoder()
+        if tokenizer.post_processor is None:
+            return self.config.bos
+        first = tokenizer.encode("").ids[:1]
+        return first[0] if first else None
 
     def decoder(self, context: int) -> Decoder:
         """The module for up to ``context`` tokens, on the same weights in memory.
@@ -75,21 +91,6 @@ def renamed(graph: Graph, names: Mapping[str, str]) -> Graph:
     values = {new(v.name): replace(v, name=new(v.name)) for v in graph.values.values()}
     inputs, outputs = (tuple(map(new, part)) for part in (graph.inputs, graph.outputs))
     return graph.rebuild(nodes, values, inputs=inputs, outputs=outputs)
-
-
-def rounded_before(graph: Graph, outputs: set[str]) -> Graph:
-    """y = add(a, b); (y is an output)   =>   y.wide = add(a, b); y = requantize(y.wide)
-
-    so that an output can have a narrower encoding than what made it; those that read y read the new one."""
-    values, nodes = dict(graph.values), []
-    for node in graph.nodes:
-        nodes.append(node)
-        if node.output in outputs:
-            wide = f"{node.output}.wide"
-            values[wide] = Value(wide, graph.type(node.output))
-            nodes[-1] = replace(node, output=wide)
-            nodes.append(Node("requantize", (wide,), node.output, {}, node.source))
-    return graph.rebuild(nodes, values)
 
 
 def folded(config: DecoderConfig, weights: dict[str, Tensor], rotary: int, adjacent: bool = False) -> dict[str, Tensor]:
