@@ -72,8 +72,8 @@ class FigureRecord(Closed):
 
 class LanguageRecord(Closed):
     """What a runner of a language model must know. The bundle's own graph is "decode" (one token); "prefill" takes
-    ``chunk`` tokens. windows: of the mask inputs, None for all positions. prompt, greedy: a golden generation, the token
-    ids that the simulator's integers give behind the prompt, always taking the likeliest."""
+    ``chunk`` tokens. windows: of the mask inputs, None for all positions. prompt, greedy: a golden generation,
+    the token ids that the simulator's integers give behind the prompt, always taking the likeliest."""
 
     context: int
     chunk: int

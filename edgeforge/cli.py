@@ -130,29 +130,61 @@ def _validate_nodes(bundle: Any, names: Any, samples: int, as_json: bool) -> Non
 def generate(
     bundle: Path,
     prompt: Annotated[str, typer.Option(help="text to go on from")],
+    backend: Annotated[str, typer.Option(help="whose artifact runs")] = "simulator",
     max_tokens: Annotated[int, typer.Option(min=1)] = 40,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="draw from the likeliest tokens with this probability together")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="the prompt is the user's turn in the chat template")] = False,
     as_json: Json = False,
 ) -> None:
-    """Continue a text with the language model of BUNDLE on the simulator, always taking the likeliest token."""
+    """Continue a text with the language model of BUNDLE; greedy unless a temperature is given."""
+    from edgeforge.bundle import load_bundle
+    from edgeforge.llm import generate as llm
+    from edgeforge.llm.session import opened
+
+    found = load_bundle(bundle)
+    sampling = llm.Sampling(temperature, top_p, seed)
+    if found.manifest.language is None:
+        if backend != "simulator" or temperature or chat:
+            raise InvalidInput(
+                f"{bundle} has no cache: it runs on the simulator, greedily -> export a Hugging Face folder"
+            )
+        tokens, text, seconds = _stream(llm.generate(found, prompt, max_tokens), prompt, as_json)
+        speeds = {"tokens_per_second": len(tokens) / seconds}
+    else:
+        ids = llm.prompt_tokens(found, prompt, chat)
+        with opened(found, backend) as session:
+            pieces = llm.continued(found, session, ids, max_tokens, sampling)
+            tokens, text, _ = _stream(pieces, "" if chat else prompt, as_json)
+            speeds = session.speeds(len(ids))
+    if as_json:
+        _print({"tokens": tokens, "text": text, **speeds, "source": SOURCE.get(backend, "measured on this host's CPU")})
+
+
+#: How a backend's artifact runs here.
+SOURCE = {
+    "simulator": "simulated on this host",
+    "ort_qnn": "emulated (HTP on x86-64)",
+    "executorch_qnn": "emulated (HTP on x86-64)",
+}
+
+
+def _stream(pieces: Any, prompt: str, quiet: bool) -> tuple[list[int], str, float]:
+    """Print text as it comes (unless ``quiet``); tokens, text and seconds."""
     import time
 
-    from edgeforge.bundle import load_bundle
-    from edgeforge.llm.generate import generate as run
-
-    opened = load_bundle(bundle)
     started, tokens, text = time.perf_counter(), [], ""
-    if not as_json:
+    if not quiet:
         print(prompt, end="", flush=True)
-    for token, piece in run(opened, prompt, max_tokens):
+    for token, piece in pieces:
         tokens.append(token)
         text += piece
-        if not as_json:
+        if not quiet:
             print(piece, end="", flush=True)
-    if as_json:
-        speed = len(tokens) / (time.perf_counter() - started)
-        _print({"tokens": tokens, "text": text, "tokens_per_second": speed, "source": "simulated on this host"})
-    else:
+    if not quiet:
         print()
+    return tokens, text, time.perf_counter() - started
 
 
 @app.command()

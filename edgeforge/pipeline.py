@@ -101,7 +101,7 @@ class _Batches:
 def lower(
     graph: Graph, target: Target, names: Sequence[str], folder: Path, say: Progress, part: str = ""
 ) -> dict[str, BackendRecord]:
-    """Compile ``graph`` for each backend into ``folder/<name>/<part>``; what cannot be built is recorded with its reason.
+    """Compile ``graph`` for each backend into ``folder/<name>/<part>``; what cannot be built is recorded and why.
 
     Raises Unsupported when a backend that was asked for by name refuses the graph (empty ``names``: the target's)."""
     records = {}

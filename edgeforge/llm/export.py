@@ -71,8 +71,8 @@ def golden_steps(
 def describe(
     language: Language, recipe: Recipe, parts: Mapping[str, Part], ids: Sequence[int], folder: Path
 ) -> LanguageRecord:
-    """Write tokenizer and template into ``folder``; the record of the manifest, with a golden generation behind the first
-    tokens of ``ids``."""
+    """Write tokenizer and template into ``folder``; the record of the manifest, with a golden generation behind
+    the first tokens of ``ids``."""
     (folder / TOKENIZER).write_text(language.tokenizer)
     if language.chat_template is not None:
         (folder / TEMPLATE).write_text(language.chat_template)

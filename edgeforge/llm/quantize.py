@@ -1,4 +1,4 @@
-"""A language model's two graphs, prefill and decode, quantized with one calibration: a value has one encoding in both."""
+"""A language model's two graphs, prefill and decode, quantized with one calibration: one encoding per value in both."""
 
 from __future__ import annotations
 

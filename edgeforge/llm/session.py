@@ -30,8 +30,7 @@ class Session:
         self.chunk = prefill.type("ids").shape[1]
         self.context = decode.type("mask.0").shape[-1]
         self.layers = sum(name.startswith("past_keys.") for name in decode.inputs)
-        self.seconds = {"prefill": 0.0, "decode": 0.0}
-        self.counted = {"prefill": 0, "decode": 0}
+        self.seconds: list[tuple[int, float]] = []
         self.restart()
 
     def restart(self) -> None:
@@ -60,6 +59,14 @@ class Session:
             at += size
         return logits
 
+    def speeds(self, prompt: int) -> dict[str, float | None]:
+        """Milliseconds of the steps that took the first ``prompt`` tokens, and tokens per second of those behind."""
+        ends = np.cumsum([count for count, _ in self.seconds])
+        first = [s for (_, s), end in zip(self.seconds, ends, strict=True) if end <= prompt]
+        rest = [s for (_, s), end in zip(self.seconds, ends, strict=True) if end > prompt]
+        speed = len(rest) / sum(rest) if rest else None
+        return {"prefill_ms": sum(first) * 1e3, "decode_tokens_per_second": speed}
+
     def _step(self, tokens: Sequence[int]) -> np.ndarray:
         part = "decode" if len(tokens) == 1 else "prefill"
         graph, chunk = self.graphs[part], 1 if part == "decode" else self.chunk
@@ -77,8 +84,7 @@ class Session:
             feeds[f"past_values.{layer}"] = np.ascontiguousarray(values[:, :, :past])
         began = time.perf_counter()
         found = self.steps[part](feeds)
-        self.seconds[part] += time.perf_counter() - began
-        self.counted[part] += count
+        self.seconds.append((count, time.perf_counter() - began))
         rows = slice(self.start, self.start + count)
         for layer in range(self.layers):
             self.cache[f"past_keys.{layer}"][..., rows] = found[f"keys.{layer}"][..., chunk - count :]
