@@ -187,6 +187,60 @@ def _stream(pieces: Any, prompt: str, quiet: bool) -> tuple[list[int], str, floa
     return tokens, text, time.perf_counter() - started
 
 
+@app.command("eval")
+def evaluate(
+    what: Annotated[str, typer.Argument(metavar="BUNDLE|MODEL")],
+    task: Annotated[str, typer.Option(help="perplexity or multiple-choice")] = "perplexity",
+    text: Annotated[Path | None, typer.Option(help="perplexity: a .txt, or a .json list of texts")] = None,
+    data: Annotated[Path | None, typer.Option(help="multiple-choice: a .jsonl of questions")] = None,
+    model: Annotated[str | None, typer.Option(help="the float model, beside a bundle's figures")] = None,
+    backend: Annotated[list[str] | None, typer.Option(help="also this artifact (repeatable)")] = None,
+    stride: Annotated[int | None, typer.Option(help="perplexity: tokens between windows; default: disjoint")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="the first windows or questions only")] = None,
+    as_json: Json = False,
+) -> None:
+    """Quality of a language model: float (MODEL, or --model), fake-quantized and integer (BUNDLE), with the protocol."""
+    from edgeforge.bundle import MANIFEST, load_bundle
+    from edgeforge.llm import evaluate as llm
+    from edgeforge.llm.quantize import read_texts
+    from edgeforge.models import load_model
+    from edgeforge.recipe import Shape
+
+    bundle = load_bundle(Path(what)) if (Path(what) / MANIFEST).is_file() else None
+    name = model if bundle else what
+    language = load_model(name).language if name else None
+    if bundle is None and language is None:
+        raise InvalidInput(f"{what} is no language model with a cache -> a bundle or a Hugging Face folder")
+    source = bundle or language
+    assert source is not None
+    spoken = llm.text_of(source, min(Shape().context, language.config.context) if language else 0)
+    head = "none" if spoken.bos is None else repr(spoken.tokenizer.id_to_token(spoken.bos))
+    rows: list[dict[str, Any]] = []
+    if task == "perplexity" and text is not None:
+        found = llm.windows(read_texts(text), spoken, stride, limit)
+        protocol = (
+            f"token perplexity of {text.name}: {found.tokens} tokens scored once each, context {spoken.context}, "
+            f"stride {stride or 'disjoint'}, BOS {head} before each window, not scored"
+        )
+        measure = lambda score: {"perplexity": llm.perplexity(score, found)}  # noqa: E731
+    elif task == "multiple-choice" and data is not None:
+        questions = llm.read_questions(data, limit)
+        protocol = (
+            f"{data.name}: {len(questions)} questions, 'prompt choice' joined by a space, BOS {head}, context "
+            f"{spoken.context}; log-probability of the choice, accuracy by its sum, accuracy_norm by its sum per byte"
+        )
+        measure = lambda score: llm.multiple_choice(score, questions, spoken)  # noqa: E731
+    else:
+        raise InvalidInput(f"task {task} -> --task perplexity --text FILE, or --task multiple-choice --data FILE.jsonl")
+    for engine, score in llm.scorers(bundle, language, spoken.context, backend or ()):
+        _say(f"{engine}")
+        rows.append({"engine": engine, **measure(score), "source": SOURCE.get(engine, "computed on this host's CPU")})
+    if as_json:
+        _print({"task": task, "protocol": protocol, "results": rows})
+    else:
+        _table(protocol, list(rows[0]), [list(row.values()) for row in rows])
+
+
 @app.command()
 def simulate(
     bundle: Path,

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
 
 from edgeforge import backends
+from edgeforge.backends import Step
 from edgeforge.bundle import Bundle
 from edgeforge.errors import InvalidInput, MissingDependency
 from edgeforge.ir.graph import Graph
 from edgeforge.ir.types import NUMPY
 from edgeforge.llm.steps import pieces, positions_and_masks
 
-Codes = Mapping[str, np.ndarray]
-Step = Callable[[Codes], Mapping[str, np.ndarray]]
-
 
 class Session:
-    """One sequence. graphs, steps: by "prefill" and "decode"; windows: of the mask inputs.
+    """``batch`` sequences of equal length (artifacts take one). graphs, steps: by "prefill" and "decode"; windows: of
+    the mask inputs.
 
     The cache holds codes by the names of the graphs' inputs, position p in row p; a graph reads its first rows."""
 
-    def __init__(self, graphs: Mapping[str, Graph], steps: Mapping[str, Step], windows: Sequence[int | None]):
-        self.graphs, self.steps, self.windows = graphs, steps, windows
-        decode, prefill = graphs["decode"], graphs["prefill"]
-        self.chunk = prefill.type("ids").shape[1]
+    def __init__(
+        self, graphs: Mapping[str, Graph], steps: Mapping[str, Step], windows: Sequence[int | None], batch: int = 1
+    ):
+        self.graphs, self.steps, self.windows, self.batch = graphs, steps, windows, batch
+        decode = graphs["decode"]
+        self.chunk = graphs["prefill"].type("ids").shape[1]
         self.context = decode.type("mask.0").shape[-1]
         self.layers = sum(name.startswith("past_keys.") for name in decode.inputs)
         self.seconds: list[tuple[int, float]] = []
@@ -40,24 +41,31 @@ class Session:
         for name in self.graphs["decode"].inputs:
             kind = self.graphs["decode"].type(name)
             if name.startswith("past_"):
-                shape = list(kind.shape)
+                shape = [self.batch, *kind.shape[1:]]
                 shape[3 if name.startswith("past_keys") else 2] = self.context
                 self.cache[name] = np.full(shape, 0 if kind.q is None else kind.q.zero, NUMPY[kind.dtype])
 
     def feed(self, tokens: Sequence[int]) -> np.ndarray:
-        """Process ``tokens``; the codes [vocab] of the logits behind the last.
+        """Process ``tokens`` of the one sequence; the codes [vocab] of the logits behind the last.
 
         Raises InvalidInput when the context has no room for them."""
-        if not tokens or self.start + len(tokens) > self.context:
+        for _, logits in self.walk(np.array([tokens], np.int64)):
+            last = logits[0, -1]
+        return last
+
+    def walk(self, tokens: np.ndarray, chunked: bool = True) -> Iterator[tuple[int, np.ndarray]]:
+        """Process tokens [B, N] step by step: how many were taken, and the codes [B, 1 or more, vocab] of what the
+        step's graph says of them (the last row behind the last token). ``chunked``: with prefill steps."""
+        total = tokens.shape[1]
+        if not total or self.start + total > self.context:
             raise InvalidInput(
-                f"{len(tokens)} tokens behind {self.start} do not fit the context of {self.context}"
+                f"{total} tokens behind {self.start} do not fit the context of {self.context}"
                 " -> a shorter prompt, or export with --set language.context=N"
             )
         at = 0
-        for size in pieces(len(tokens), self.start, self.chunk, self.context):
-            logits = self._step(tokens[at : at + size])
+        for size in pieces(total, self.start, self.chunk, self.context) if chunked else [1] * total:
+            yield size, self._step(tokens[:, at : at + size])
             at += size
-        return logits
 
     def speeds(self, prompt: int) -> dict[str, float | None]:
         """Milliseconds of the steps that took the first ``prompt`` tokens, and tokens per second of those behind."""
@@ -67,14 +75,13 @@ class Session:
         speed = len(rest) / sum(rest) if rest else None
         return {"prefill_ms": sum(first) * 1e3, "decode_tokens_per_second": speed}
 
-    def _step(self, tokens: Sequence[int]) -> np.ndarray:
-        part = "decode" if len(tokens) == 1 else "prefill"
+    def _step(self, tokens: np.ndarray) -> np.ndarray:
+        count = tokens.shape[1]
+        part = "decode" if count == 1 else "prefill"
         graph, chunk = self.graphs[part], 1 if part == "decode" else self.chunk
-        past, count = self.context - chunk, len(tokens)
-        ids = np.zeros((1, chunk), np.int64)
-        ids[0, chunk - count :] = tokens
-        positions, *masks = positions_and_masks([self.start], chunk, count, past, self.windows)
-        feeds = {"ids": ids, "positions": positions}
+        past = self.context - chunk
+        positions, *masks = positions_and_masks([self.start] * self.batch, chunk, count, past, self.windows)
+        feeds = {"ids": np.pad(tokens, ((0, 0), (chunk - count, 0))), "positions": positions}
         for i, mask in enumerate(masks):
             kind = graph.type(f"mask.{i}")
             feeds[f"mask.{i}"] = mask if kind.q is None else kind.q.quantize(mask, kind.dtype)
@@ -90,7 +97,7 @@ class Session:
             self.cache[f"past_keys.{layer}"][..., rows] = found[f"keys.{layer}"][..., chunk - count :]
             self.cache[f"past_values.{layer}"][:, :, rows] = found[f"values.{layer}"][:, :, chunk - count :]
         self.start += count
-        return found["logits"][0, -1]
+        return found["logits"]
 
 
 @contextmanager
