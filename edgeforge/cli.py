@@ -103,7 +103,7 @@ def validate(
             flips = f"-{metric['lost']} +{metric['gained']}" if "lost" in metric else None
             how = r.source if r.ran else r.reason
             figures = [r.identical, r.max_lsb, r.sqnr_db, r.cosine, metric["value"], metric["float"], flips]
-            rows.append([r.backend, "yes" if r.ran else "no", *figures, how])
+            rows.append([f"{r.backend} {r.part}".rstrip(), "yes" if r.ran else "no", *figures, how])
         _table(f"{opened.manifest.model} {opened.manifest.precision}", columns, rows)
     for result in results:
         for miss in result.misses:
@@ -116,7 +116,11 @@ def _validate_nodes(bundle: Any, names: Any, samples: int, as_json: bool) -> Non
     from edgeforge.validate import validate_nodes
 
     built = [name for name, r in bundle.manifest.backends.items() if r.status == "built" and name != "simulator"]
-    found = {name: validate_nodes(bundle, name, samples, _say) for name in names or built}
+    found = {
+        f"{name} {part.part}".rstrip(): validate_nodes(part, name, samples, _say)
+        for part in bundle.parts
+        for name in names or built
+    }
     if as_json:
         _print({"nodes": {name: [dataclasses.asdict(node) for node in nodes] for name, nodes in found.items()}})
         return
@@ -147,9 +151,7 @@ def generate(
     sampling = llm.Sampling(temperature, top_p, seed)
     if found.manifest.language is None:
         if backend != "simulator" or temperature or chat:
-            raise InvalidInput(
-                f"{bundle} has no cache: it runs on the simulator, greedily -> export a Hugging Face folder"
-            )
+            raise InvalidInput(f"{bundle} has no cache: simulator only, greedy -> export a Hugging Face folder")
         tokens, text, seconds = _stream(llm.generate(found, prompt, max_tokens), prompt, as_json)
         speeds = {"tokens_per_second": len(tokens) / seconds}
     else:
