@@ -89,6 +89,8 @@ def validate(
     if per_node:
         _validate_nodes(opened, backend or (), samples or 1, as_json)
         return
+    if data and opened.prefill is not None:
+        raise InvalidInput(f"{bundle} is a language model: data are for eval -> edgeforge eval --text FILE")
     source = load(model) if model else None
     found = find_data(data, "heldout", source, opened.graph, opened.recipe, bundle) if data else None
     found = found.head(samples) if found is not None and samples else found
@@ -201,7 +203,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="the first windows or questions only")] = None,
     as_json: Json = False,
 ) -> None:
-    """Quality of a language model: float (MODEL, or --model), fake-quantized and integer (BUNDLE), with the protocol."""
+    """Quality of a language model: float (MODEL, or --model), fake-quantized, integer (BUNDLE), with the protocol."""
     from edgeforge.bundle import MANIFEST, load_bundle
     from edgeforge.llm import evaluate as llm
     from edgeforge.llm.quantize import read_texts

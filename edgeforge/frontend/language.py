@@ -56,6 +56,20 @@ class Language:
         made.load_state_dict(dict(self.weights), strict=True, assign=True)
         return made.eval()
 
+    def padded(self, multiple: int) -> Language:
+        """The same function with the MLP's hidden size a multiple of ``multiple``: the features added are always 0."""
+        more = -self.config.hidden % multiple
+        if not more:
+            return self
+        weights = dict(self.weights)
+        for name, weight in self.weights.items():
+            part = name.split(".")[-2]
+            if part in ("gate_proj", "up_proj"):
+                weights[name] = torch.nn.functional.pad(weight, (0, 0) * (weight.ndim - 1) + (0, more))
+            elif part == "down_proj" and weight.ndim == 2:
+                weights[name] = torch.nn.functional.pad(weight, (0, more))
+        return replace(self, config=replace(self.config, hidden=self.config.hidden + more), weights=weights)
+
     def graph(self, name: str, chunk: int, context: int, last_only: bool = False) -> Graph:
         """The float graph of one step of ``chunk`` tokens.
 

@@ -83,7 +83,7 @@ class Part:
 def quantize_language(
     language: Language, recipe: Recipe, target: Target, sequences: Sequence[Sequence[int]]
 ) -> tuple[dict[str, Part], tuple[str, ...]]:
-    """Both graphs, and notes on what was measured (see `measure`). sequences: token ids, at least one full chunk each.
+    """Both graphs, and notes on what was changed and measured. sequences: token ids, at least one full chunk each.
 
     Raises Unsupported with every node that the target cannot run as asked."""
     chunk, context = recipe.language.chunk, recipe.language.context
@@ -91,6 +91,10 @@ def quantize_language(
         raise InvalidInput(f"language.chunk {chunk} is not below language.context {context} -> --set language.chunk=N")
     if recipe.bias_correction:
         raise InvalidInput("bias_correction is not offered for language models -> --set bias_correction=0")
+    padded, notes = language.padded(Precision(recipe.precision).block or 1), ()
+    if padded is not language:
+        notes = (f"MLP padded with zeros from {language.config.hidden} to {padded.config.hidden} features (blocks)",)
+    language = padded
     whole = language.graph("calibration", chunk, context)
     bits = 16 if Precision(recipe.precision).activations == "u16" else 8
     steps = Steps(language, [s for s in sequences if len(s) >= chunk][: recipe.calibration.samples], chunk, context)
@@ -100,7 +104,7 @@ def quantize_language(
     for name, tokens in (("prefill", chunk), ("decode", 1)):
         real = language.graph(f"{language.name}-{name}", tokens, context, last_only=True)
         parts[name] = Part(real, convert(real, assign(real, ranges, recipe, target), target, recipe.weights))
-    decode, notes = measure(parts["decode"].graph, target)
+    decode, measured = measure(parts["decode"].graph, target)
     known = decode.producers()
     prefill = parts["prefill"].graph
     nodes = [
@@ -111,7 +115,7 @@ def quantize_language(
     ]
     parts["prefill"] = replace(parts["prefill"], graph=prefill.rebuild(nodes))
     parts["decode"] = replace(parts["decode"], graph=decode)
-    return parts, notes
+    return parts, notes + measured
 
 
 def within_masks(graph: Graph, ranges: Mapping[str, Range]) -> dict[str, Range]:
