@@ -137,18 +137,30 @@ class _Emitter:
         return self.initialize(self.fresh("scalar"), "f32", np.float32(number))
 
     def clamp(self, n: NodeView, name: str) -> str:
-        """The fused activation. Nothing where the output's encoding saturates there anyway; else a Relu or Clip behind
-        a sandwich of its own, which gives the same codes (no runtime keeps a fused clamp under a free zero point)."""
-        if "clamp" not in n.attrs or clamp_codes(n) == RANGE[n.out.dtype]:
-            return name
-        low, high = n["clamp"]
+        """The fused activation: nothing where the output's encoding saturates there anyway; else behind a sandwich of
+        its own, which gives the same codes (no runtime keeps a fused clamp under a free zero point)."""
+        low, high = clamp_codes(n)
+        if low != RANGE[n.out.dtype][0]:
+            name = self.limit(n, "Max", self.recoded(n, name), low)
+        if high != RANGE[n.out.dtype][1]:
+            name = self.limit(n, "Min", self.recoded(n, name), high)
+        return name
+
+    def limit(self, n: NodeView, kind: str, name: str, code: int) -> str:
+        """Max or Min with a code of the output's encoding. Hexagon's compiler merges a Relu or Clip with the op before
+        it, and then rounds otherwise or drops the Clip; these it leaves alone."""
+        assert n.out.q is not None
+        codes, result = self.fresh(f"{kind}.code"), self.fresh(kind)
+        self.initialize(codes, n.out.dtype, np.array([code]))
+        self.add("DequantizeLinear", [codes, *self.encoding(codes, n.out.dtype, n.out.q)], result, result)
+        return self(kind, name, result)
+
+    def recoded(self, n: NodeView, name: str) -> str:
+        """``name`` through Quantize and Dequantize under the output's encoding."""
         codes = self.fresh("codes")
         self.quantize(name, codes, n.out, f"{codes}/out")
         result = self.fresh("real")
-        name = self.add("DequantizeLinear", [codes, f"{codes}/scale", f"{codes}/zero"], result, result)
-        if (low, high) == (0.0, float("inf")):
-            return self("Relu", name)
-        return self("Clip", name, *(self.scalar(x) for x in (low, high)))
+        return self.add("DequantizeLinear", [codes, f"{codes}/scale", f"{codes}/zero"], result, result)
 
     def linear(self, n: NodeView, x: str, w: str, b: str | None) -> str:
         """Gemm for [N, I]; for higher ranks MatMul with weights stored [I, O], then Add."""

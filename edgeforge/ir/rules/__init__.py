@@ -33,12 +33,16 @@ def rule_of(profile: str, family: str, n: NodeView) -> Rule:
         table = widths.get("mixed", table)
     if "dot_dw2" in table and _is_depthwise_stride_2(n):
         return RULES[table["dot_dw2"]]
+    if "softmax_short" in table and n.node.op == "softmax" and n.shape(0)[n["axis"]] < 3:
+        return RULES[table["softmax_short"]]
     if dot and "dot_i4" in table and n.type(1).dtype == "i4":
         return RULES[table["dot_i4"]]
     return RULES[table.get(n.node.op, table[family])]
 
 
 def _is_depthwise_stride_2(n: NodeView) -> bool:
-    if n.node.op != "conv2d":
+    """Whether Hexagon has its own kernel: for sides of 3 to 7, but not of 4 at 16 bits."""
+    if n.node.op != "conv2d" or n["stride"] != (2, 2) or not 1 < n["groups"] == n.shape(0)[1] == n.shape(1)[0]:
         return False
-    return 1 < n["groups"] == n.shape(0)[1] == n.shape(1)[0] and n["stride"] == (2, 2)
+    sides = n.shape(1)[2:]
+    return 3 <= min(sides) and max(sides) <= 7 and not (n.type(0).dtype == "u16" and 4 in sides)
