@@ -69,7 +69,7 @@ class OrtQnn:
 
         assert target.soc is not None
         prepared, edits = self.prepare(graph, target)
-        files = write_onnx(to_onnx(prepared), folder / MODEL)
+        files = write_onnx(to_onnx(prepared, two_level=True), folder / MODEL)
         request = {"model": str(folder / MODEL), "context": str(folder / CONTEXT), "soc": target.soc.model}
         with tempfile.TemporaryDirectory(prefix="edgeforge-") as dump:
             in_child(self.name, WORKER, {"action": "compile", **request, "options": OPTIONS, "dump": dump})
@@ -95,7 +95,7 @@ class OrtQnn:
         from edgeforge.dialects.onnx import to_onnx, write_onnx
 
         with tempfile.TemporaryDirectory(prefix="edgeforge-") as folder:
-            write_onnx(to_onnx(self.prepare(graph, target)[0]), Path(folder) / MODEL)
+            write_onnx(to_onnx(self.prepare(graph, target)[0], two_level=True), Path(folder) / MODEL)
             return self._run(Path(folder) / MODEL, graph, target, feeds)
 
     def _run(self, model: Path, graph: Graph, target: Target, feeds: Codes) -> dict[str, np.ndarray]:
