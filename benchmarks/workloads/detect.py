@@ -260,11 +260,7 @@ def _(net: Net) -> list[Value]:
 @workload("yolov5", "Yolo-v5", "yolov5")
 def _(net: Net) -> list[Value]:
     y = Yolo(net)
-    x = (
-        y.conv(net.input(1, 3, 640, 640), 48, 6, 2)
-        if False
-        else net.conv(net.input(1, 3, 640, 640), 48, 6, 2, 2, act="silu")
-    )
+    x = net.conv(net.input(1, 3, 640, 640), 48, 6, 2, 2, act="silu")
     x = y.c3(y.conv(x, 96, 3, 2), 96, 2)
     p3 = y.c3(y.conv(x, 192, 3, 2), 192, 4)
     p4 = y.c3(y.conv(p3, 384, 3, 2), 384, 6)
@@ -315,20 +311,23 @@ def _(net: Net) -> list[Value]:
 def _(net: Net) -> list[Value]:
     y = Yolo(net, "relu")
 
-    def rep(x: Value, out: int, n: int) -> Value:
+    def rep(x: Value, out: int, n: int = 1, s: int = 1) -> Value:
+        """RepVGG blocks as they are trained: 3 x 3, 1 x 1 and identity, each with a batch norm."""
         for _ in range(n):
-            x = y.conv(x, out, 3)
+            total = net.add(net.conv(x, out, 3, s), net.conv(x, out, 1, s))
+            total = net.add(total, net.mul(x)) if s == 1 and x.channels == out else total
+            x = net.act(total, "relu")
         return x
 
     def fuse(x: Value, same: Value, high: Value, out: int) -> Value:
         parts = [net.deconv(x, x.channels, 2, 2), y.conv(same, out), y.conv(y.conv(high, out), out, 3, 2)]
         return y.conv(net.concat(parts), out)
 
-    x = y.conv(net.input(1, 3, 640, 640), 16, 3, 2)
-    p2 = rep(y.conv(x, 32, 3, 2), 32, 2)
-    p3 = rep(y.conv(p2, 64, 3, 2), 64, 4)
-    p4 = rep(y.conv(p3, 128, 3, 2), 128, 6)
-    x = rep(y.conv(p4, 256, 3, 2), 256, 2)
+    x = rep(net.input(1, 3, 640, 640), 16, s=2)
+    p2 = rep(rep(x, 32, s=2), 32, 2)
+    p3 = rep(rep(p2, 64, s=2), 64, 4)
+    p4 = rep(rep(p3, 128, s=2), 128, 6)
+    x = rep(rep(p4, 256, s=2), 256, 2)
     half = [y.conv(x, 128), y.conv(x, 128)]
     parts = [y.conv(y.conv(half[0], 128, 3), 128)]
     for _ in range(3):
@@ -476,8 +475,19 @@ def _(net: Net) -> list[Value]:
     heads = []
     for out in (1, 17, 34, 34):
         heads.append(net.conv(net.conv(net.dw(x, 3), 96, act="relu"), out))
-    center = net.mul(net.act(heads[0], "sigmoid"))
-    return [net.reduce(net.reshape(center, 1, -1), 1, "argmax"), *heads[1:]]
+    center = net.reduce(net.reshape(net.mul(net.act(heads[0], "sigmoid")), 1, -1), 1, "argmax")
+    keypoints, regression, offsets = (net.transpose(head, 0, 2, 3, 1) for head in heads[1:])
+    picked = net.emit("gather", [net.reshape(regression, 2304, 34), center], (1, 1, 34))
+    squares = []
+    for i in range(2):
+        at = net.reshape(net.add(net.slice(net.reshape(picked, 1, 17, 2), i, i + 1, 2), center), 1, 1, 1, 17)
+        away = net.emit("sub", [at], (1, 48, 48, 17))
+        squares.append(net.mul(away, away))
+    distance = net.add(net.act(net.add(*squares), "sqrt"))
+    scores = net.reshape(net.binary("div", net.act(keypoints, "sigmoid"), distance), 1, 2304, 17)
+    best = net.reduce(scores, 1, "argmax")
+    parts = [net.emit("gather", [net.reshape(x, 2304, -1), best], (1, 17, n)) for x, n in ((offsets, 2), (scores, 1))]
+    return [net.mul(net.concat(parts, 2))]
 
 
 @workload("resnet34_ssd1200", "ResNet34-SSD", "ssd")
