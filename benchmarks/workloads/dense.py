@@ -227,6 +227,31 @@ def _(net: Net) -> Value:
     return net.softmax(net.conv(x, 20), 1)
 
 
+@workload("rangenet_plus_plus", "RangeNet-Plus-Plus", "rangenet")
+def _(net: Net) -> Value:
+    """Darknet-53 on a range image; only its width is halved."""
+
+    def residual(x: Value) -> Value:
+        c = x.channels
+        return net.add(net.conv(net.conv(x, c // 2, act="leaky_relu"), c, 3, act="leaky_relu"), x)
+
+    x = net.conv(net.input(1, 5, 64, 2048), 32, 3, act="leaky_relu")
+    skips = []
+    for out, depth in ((64, 1), (128, 2), (256, 8), (512, 8), (1024, 4)):
+        skips.append(x)
+        x = net.conv(x, out, 3, (1, 2), act="leaky_relu")
+        for _ in range(depth):
+            x = residual(x)
+    for out in (512, 256, 128, 64, 32):
+        n, _, h, w = x.shape
+        y = net.emit(
+            "conv_transpose", [x], (n, out, h, 2 * w), x.channels * out * 4, n * x.channels * h * w * out * 4,
+            kernel=(1, 4), stride=(1, 2), dilation=(1, 1), groups=1, fan_in=x.channels,
+        )  # fmt: skip
+        x = net.add(residual(net.act(y, "leaky_relu")), skips.pop())
+    return net.softmax(net.conv(x, 20, 3), 1)
+
+
 # --------------------------------------------------------------------------------------------------- FFNet variants
 
 
@@ -353,6 +378,11 @@ def nafnet(net: Net, width: int, size: int, encoder: tuple[int, ...], middle: in
 @workload("nafnet_denoise", "NAFNet-DeNoise", "nafnet")
 def _(net: Net) -> Value:
     return nafnet(net, 32, 256, (2, 2, 4, 8), 12, (2, 2, 2, 2))
+
+
+@workload("nafnet_deblur", "NAFNet-DeBlur", "nafnet")
+def _(net: Net) -> Value:
+    return nafnet(net, 32, 256, (1, 1, 1, 28), 1, (1, 1, 1, 1))
 
 
 def aot(net: Net) -> Value:

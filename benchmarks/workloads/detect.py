@@ -257,6 +257,46 @@ def _(net: Net) -> list[Value]:
     return y.boxes(levels, *y.head(levels, "v11"))
 
 
+@workload("yolov9_det", "YOLOv9-Detection", "yolov9")
+def _(net: Net) -> list[Value]:
+    y = Yolo(net)
+
+    def csp(x: Value, out: int) -> Value:
+        half = out // 2
+        z = y.conv(x, half)
+        for _ in range(3):
+            z = net.add(z, y.conv(y.conv(z, half, 3), half, 3))
+        return y.conv(net.concat([z, y.conv(x, half)]), out)
+
+    def elan(x: Value, out: int, middle: int) -> Value:
+        parts = net.split(y.conv(x, middle), 2)
+        for _ in range(2):
+            parts.append(y.conv(csp(parts[-1], middle // 2), middle // 2, 3))
+        return y.conv(net.concat(parts), out)
+
+    def down(x: Value, out: int) -> Value:
+        return y.conv(net.pool(x, 2, 1, 0, "avg_pool"), out, 3, 2)
+
+    x = y.conv(y.conv(net.input(1, 3, 640, 640), 16, 3, 2), 32, 3, 2)
+    parts = net.split(y.conv(x, 32), 2)
+    for _ in range(2):
+        parts.append(y.conv(parts[-1], 16, 3))
+    x = y.conv(net.concat(parts), 32)
+    p3 = elan(down(x, 64), 64, 64)
+    p4 = elan(down(p3, 96), 96, 96)
+    x = y.conv(elan(down(p4, 128), 128, 128), 64)
+    pooled = [x]
+    for _ in range(3):
+        pooled.append(net.pool(pooled[-1], 5, 1, 2))
+    p5 = y.conv(net.concat(pooled), 128)
+    m4 = elan(net.concat([net.up(p5), p4]), 96, 96)
+    o3 = elan(net.concat([net.up(m4), p3]), 64, 64)
+    o4 = elan(net.concat([down(o3, 48), m4]), 96, 96)
+    o5 = elan(net.concat([down(o4, 64), p5]), 128, 128)
+    levels = [o3, o4, o5]
+    return y.boxes(levels, *y.head(levels, "v8"))
+
+
 @workload("yolov5", "Yolo-v5", "yolov5")
 def _(net: Net) -> list[Value]:
     y = Yolo(net)
@@ -373,6 +413,23 @@ def _(net: Net) -> list[Value]:
         x = bottleneck(net, x, 2048, 2 if j == 0 else 1, 512)
     x = net.reshape(net.gap(x), 200, 2048)
     return [net.softmax(net.linear(x, 81)), net.linear(x, 320)]
+
+
+@workload("maskrcnn", "proposal_generator", "rcnn")
+def _(net: Net) -> list[Value]:
+    laterals = [net.conv(x, 256) for x in resnet50(net, net.picture(1, 3, 800, 800))]
+    x = laterals[3]
+    levels = [net.conv(x, 256, 3)]
+    for lateral in laterals[2::-1]:
+        x = net.add(lateral, net.resize(x, lateral.shape[2:], "nearest"))
+        levels.append(net.conv(x, 256, 3))
+    levels = [*levels[::-1], net.pool(levels[0], 1, 2)]
+    scores, deltas = [], []
+    for x in levels:
+        y = net.conv(x, 256, 3, act="relu")
+        scores.append(net.reshape(net.transpose(net.conv(y, 3), 0, 2, 3, 1), 1, -1, 1))
+        deltas.append(net.reshape(net.transpose(net.conv(y, 12), 0, 2, 3, 1), 1, -1, 4))
+    return [*levels[:4], net.concat(scores, 1), net.concat(deltas, 1)]
 
 
 # -------------------------------------------------------------------------------------------------------------- pose

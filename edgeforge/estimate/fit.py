@@ -57,7 +57,7 @@ GROUP = np.array([next(i for i, terms in enumerate(GROUPS.values()) if term in t
 
 @dataclass(frozen=True)
 class Samples:
-    """Workloads at a precision: amounts of every stretch [stretches, terms] and the sample each belongs to."""
+    """Workloads at a precision: amounts of every stretch [stretches, terms] and the sample each belongs to (rising)."""
 
     amounts: Array
     sample: Array
@@ -85,11 +85,9 @@ def predict(samples: Samples, rates: Array) -> tuple[Array, Array]:
     body, by_compute, by_ddr = overlapped(parts[:, IS_COMPUTE].sum(1), parts[:, IS_DDR].sum(1))
     parts[:, IS_COMPUTE] *= by_compute[:, None]
     parts[:, IS_DDR] *= by_ddr[:, None]
-    n = len(samples.precision)
-    total = np.bincount(samples.sample, body + parts[:, IS_OVERHEAD].sum(1), n)
-    share = np.zeros((n, len(TERMS)))
-    np.add.at(share, samples.sample, parts)
-    return np.log(total), share / total[:, None]
+    first = np.searchsorted(samples.sample, np.arange(len(samples.precision)))
+    total = np.add.reduceat(body + parts[:, IS_OVERHEAD].sum(1), first)
+    return np.log(total), np.add.reduceat(parts, first) / total[:, None]
 
 
 def start_rates() -> Array:
