@@ -380,11 +380,6 @@ def _(net: Net) -> Value:
     return nafnet(net, 32, 256, (2, 2, 4, 8), 12, (2, 2, 2, 2))
 
 
-@workload("nafnet_deblur", "NAFNet-DeBlur", "nafnet")
-def _(net: Net) -> Value:
-    return nafnet(net, 32, 256, (1, 1, 1, 28), 1, (1, 1, 1, 1))
-
-
 def aot(net: Net) -> Value:
     x = net.concat([net.input(1, 3, 512, 512), net.input(1, 1, 512, 512)])
     x = net.conv(x, 64, 7, act="relu")
