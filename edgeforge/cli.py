@@ -96,7 +96,8 @@ def validate(
     found = found.head(samples) if found is not None and samples else found
     results = run(opened, found, source.imported.graph if source else None, tuple(backend or ()), _say)
     if as_json:
-        _print({"artifacts": [{k: v for k, v in dataclasses.asdict(r).items() if k != "misses"} for r in results]})
+        unsaid = {"misses"} if opened.prefill is not None else {"misses", "part"}
+        _print({"artifacts": [{k: v for k, v in dataclasses.asdict(r).items() if k not in unsaid} for r in results]})
     else:
         columns = ["backend", "ran", "identical", "max LSB", "SQNR dB", "cosine", "metric", "float", "flips", "source"]
         rows = []
