@@ -193,9 +193,9 @@ class Fit:
     def base(self) -> Array:
         return base_rates(self.theta)
 
-    def center(self, without: str = "") -> Array:
+    def center(self) -> Array:
         """Factors of a typical chip."""
-        return np.median([chip for name, chip in self.chips.items() if name != without], axis=0)
+        return np.median(list(self.chips.values()), axis=0)
 
 
 @dataclass(frozen=True)
