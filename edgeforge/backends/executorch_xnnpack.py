@@ -90,9 +90,9 @@ class ExecutorchXnnpack:
             method = program.load_method("forward")
 
             def step(piece: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-                results = method.execute([_entering(graph.type(name), piece[name]) for name in graph.inputs])
+                results = method.execute([entering(graph.type(name), piece[name]) for name in graph.inputs])
                 return {
-                    name: _leaving(graph.type(name), y.numpy()) for name, y in zip(graph.outputs, results, strict=True)
+                    name: leaving(graph.type(name), y.numpy()) for name, y in zip(graph.outputs, results, strict=True)
                 }
 
             yield step
@@ -138,7 +138,7 @@ def _edits(graph: Graph) -> tuple[Edit, ...]:
     return tuple(edits)
 
 
-def _entering(kind: TensorType, codes: np.ndarray) -> Any:
+def entering(kind: TensorType, codes: np.ndarray) -> Any:
     """Codes as the program takes them: int8, float32 for 16-bit values, int64 for ids."""
     import torch
 
@@ -149,7 +149,7 @@ def _entering(kind: TensorType, codes: np.ndarray) -> Any:
     return torch.from_numpy(np.ascontiguousarray(codes if kind.q is None else kind.q.dequantize(codes)))
 
 
-def _leaving(kind: TensorType, result: np.ndarray) -> np.ndarray:
+def leaving(kind: TensorType, result: np.ndarray) -> np.ndarray:
     """The graph's codes of what the program returns (a copy: the runtime reuses its memory)."""
     from edgeforge.dialects.pt2e import unsigned
 
