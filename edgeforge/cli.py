@@ -89,6 +89,8 @@ def validate(
     if per_node:
         _validate_nodes(opened, backend or (), samples or 1, as_json)
         return
+    if data and opened.prefill is not None:
+        raise InvalidInput(f"{bundle} is a language model: data are for eval -> edgeforge eval --text FILE")
     source = load(model) if model else None
     found = find_data(data, "heldout", source, opened.graph, opened.recipe, bundle) if data else None
     found = found.head(samples) if found is not None and samples else found
@@ -103,7 +105,7 @@ def validate(
             flips = f"-{metric['lost']} +{metric['gained']}" if "lost" in metric else None
             how = r.source if r.ran else r.reason
             figures = [r.identical, r.max_lsb, r.sqnr_db, r.cosine, metric["value"], metric["float"], flips]
-            rows.append([r.backend, "yes" if r.ran else "no", *figures, how])
+            rows.append([f"{r.backend} {r.part}".rstrip(), "yes" if r.ran else "no", *figures, how])
         _table(f"{opened.manifest.model} {opened.manifest.precision}", columns, rows)
     for result in results:
         for miss in result.misses:
@@ -116,7 +118,11 @@ def _validate_nodes(bundle: Any, names: Any, samples: int, as_json: bool) -> Non
     from edgeforge.validate import validate_nodes
 
     built = [name for name, r in bundle.manifest.backends.items() if r.status == "built" and name != "simulator"]
-    found = {name: validate_nodes(bundle, name, samples, _say) for name in names or built}
+    found = {
+        f"{name} {part.part}".rstrip(): validate_nodes(part, name, samples, _say)
+        for part in bundle.parts
+        for name in names or built
+    }
     if as_json:
         _print({"nodes": {name: [dataclasses.asdict(node) for node in nodes] for name, nodes in found.items()}})
         return
@@ -130,29 +136,113 @@ def _validate_nodes(bundle: Any, names: Any, samples: int, as_json: bool) -> Non
 def generate(
     bundle: Path,
     prompt: Annotated[str, typer.Option(help="text to go on from")],
+    backend: Annotated[str, typer.Option(help="whose artifact runs")] = "simulator",
     max_tokens: Annotated[int, typer.Option(min=1)] = 40,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="draw from the likeliest tokens with this probability together")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="the prompt is the user's turn in the chat template")] = False,
     as_json: Json = False,
 ) -> None:
-    """Continue a text with the language model of BUNDLE on the simulator, always taking the likeliest token."""
+    """Continue a text with the language model of BUNDLE; greedy unless a temperature is given."""
+    from edgeforge.bundle import load_bundle
+    from edgeforge.llm import generate as llm
+    from edgeforge.llm.session import opened
+
+    found = load_bundle(bundle)
+    sampling = llm.Sampling(temperature, top_p, seed)
+    if found.manifest.language is None:
+        if backend != "simulator" or temperature or chat:
+            raise InvalidInput(f"{bundle} has no cache: simulator only, greedy -> export a Hugging Face folder")
+        tokens, text, seconds = _stream(llm.generate(found, prompt, max_tokens), prompt, as_json)
+        speeds = {"tokens_per_second": len(tokens) / seconds}
+    else:
+        ids = llm.prompt_tokens(found, prompt, chat)
+        with opened(found, backend) as session:
+            pieces = llm.continued(found, session, ids, max_tokens, sampling)
+            tokens, text, _ = _stream(pieces, "" if chat else prompt, as_json)
+            speeds = session.speeds(len(ids))
+    if as_json:
+        _print({"tokens": tokens, "text": text, **speeds, "source": SOURCE.get(backend, "measured on this host's CPU")})
+
+
+#: How a backend's artifact runs here.
+SOURCE = {
+    "simulator": "simulated on this host",
+    "ort_qnn": "emulated (HTP on x86-64)",
+    "executorch_qnn": "emulated (HTP on x86-64)",
+}
+
+
+def _stream(pieces: Any, prompt: str, quiet: bool) -> tuple[list[int], str, float]:
+    """Print text as it comes (unless ``quiet``); tokens, text and seconds."""
     import time
 
-    from edgeforge.bundle import load_bundle
-    from edgeforge.llm.generate import generate as run
-
-    opened = load_bundle(bundle)
     started, tokens, text = time.perf_counter(), [], ""
-    if not as_json:
+    if not quiet:
         print(prompt, end="", flush=True)
-    for token, piece in run(opened, prompt, max_tokens):
+    for token, piece in pieces:
         tokens.append(token)
         text += piece
-        if not as_json:
+        if not quiet:
             print(piece, end="", flush=True)
-    if as_json:
-        speed = len(tokens) / (time.perf_counter() - started)
-        _print({"tokens": tokens, "text": text, "tokens_per_second": speed, "source": "simulated on this host"})
-    else:
+    if not quiet:
         print()
+    return tokens, text, time.perf_counter() - started
+
+
+@app.command("eval")
+def evaluate(
+    what: Annotated[str, typer.Argument(metavar="BUNDLE|MODEL")],
+    task: Annotated[str, typer.Option(help="perplexity or multiple-choice")] = "perplexity",
+    text: Annotated[Path | None, typer.Option(help="perplexity: a .txt, or a .json list of texts")] = None,
+    data: Annotated[Path | None, typer.Option(help="multiple-choice: a .jsonl of questions")] = None,
+    model: Annotated[str | None, typer.Option(help="the float model, beside a bundle's figures")] = None,
+    backend: Annotated[list[str] | None, typer.Option(help="also this artifact (repeatable)")] = None,
+    stride: Annotated[int | None, typer.Option(help="perplexity: tokens between windows; default: disjoint")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="the first windows or questions only")] = None,
+    as_json: Json = False,
+) -> None:
+    """Quality of a language model: float (MODEL, or --model), fake-quantized, integer (BUNDLE), with the protocol."""
+    from edgeforge.bundle import MANIFEST, load_bundle
+    from edgeforge.llm import evaluate as llm
+    from edgeforge.llm.quantize import read_texts
+    from edgeforge.models import load_model
+    from edgeforge.recipe import Shape
+
+    bundle = load_bundle(Path(what)) if (Path(what) / MANIFEST).is_file() else None
+    name = model if bundle else what
+    language = load_model(name).language if name else None
+    if bundle is None and language is None:
+        raise InvalidInput(f"{what} is no language model with a cache -> a bundle or a Hugging Face folder")
+    source = bundle or language
+    assert source is not None
+    spoken = llm.text_of(source, min(Shape().context, language.config.context) if language else 0)
+    head = "none" if spoken.bos is None else repr(spoken.tokenizer.id_to_token(spoken.bos))
+    rows: list[dict[str, Any]] = []
+    if task == "perplexity" and text is not None:
+        found = llm.windows(read_texts(text), spoken, stride, limit)
+        protocol = (
+            f"token perplexity of {text.name}: {found.tokens} tokens scored once each, context {spoken.context}, "
+            f"stride {stride or 'disjoint'}, BOS {head} before each window, not scored"
+        )
+        measure = lambda score: {"perplexity": llm.perplexity(score, found)}  # noqa: E731
+    elif task == "multiple-choice" and data is not None:
+        questions = llm.read_questions(data, limit)
+        protocol = (
+            f"{data.name}: {len(questions)} questions, 'prompt choice' joined by a space, BOS {head}, context "
+            f"{spoken.context}; log-probability of the choice, accuracy by its sum, accuracy_norm by its sum per byte"
+        )
+        measure = lambda score: llm.multiple_choice(score, questions, spoken)  # noqa: E731
+    else:
+        raise InvalidInput(f"task {task} -> --task perplexity --text FILE, or --task multiple-choice --data FILE.jsonl")
+    for engine, score in llm.scorers(bundle, language, spoken.context, backend or ()):
+        _say(f"{engine}")
+        rows.append({"engine": engine, **measure(score), "source": SOURCE.get(engine, "computed on this host's CPU")})
+    if as_json:
+        _print({"task": task, "protocol": protocol, "results": rows})
+    else:
+        _table(protocol, list(rows[0]), [list(row.values()) for row in rows])
 
 
 @app.command()

@@ -13,7 +13,8 @@ from edgeforge.target import Closed
 
 _PRECISION = re.compile(r"w(?P<weights>[48])a(?P<activations>8|16)(?:-b(?P<block>16|32|64))?$")
 
-Width = Literal["a8", "a16"]
+#: a8s: 8 bits with zero point 128.
+Width = Literal["a8", "a16", "a8s"]
 
 
 class Precision:
@@ -49,7 +50,8 @@ class Calibration(Closed):
 
 class Override(Closed):
     """For nodes whose name or source matches ``match`` (a glob) and whose op is ``op`` (if given): ``precision`` of
-    a linear or conv (weights and input activations), ``output`` width of the node's result."""
+    a linear or conv (weights and input activations), ``output`` width of the node's result. Op ``input`` stands for
+    the graph's inputs, which no other override touches."""
 
     match: str = "*"
     op: str | None = None
@@ -75,6 +77,13 @@ class TextData(Closed):
     tokenizer: str = "tokenizer.json"
 
 
+class Shape(Closed):
+    """The static shape of a language model: positions (its cache holds them), and tokens per prefill step."""
+
+    context: int = Field(512, ge=2)
+    chunk: int = Field(32, ge=1)
+
+
 class Bounds(Closed):
     """What `validate` demands of an artifact; None demands nothing."""
 
@@ -93,6 +102,7 @@ class Recipe(Closed):
     weights: Literal["minmax", "mse"] = "minmax"
     bias_correction: int = Field(0, ge=0)
     overrides: tuple[Override, ...] = ()
+    language: Shape = Shape()
     data: ImageData | TextData | None = Field(None, discriminator="kind")
     metric: Literal["top1", "perplexity"] | None = None
     class_offset: int = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ BATCH = 16
 class Result:
     """One artifact's agreement. identical: share of output integers equal to the simulator's under the runtime's
     rounding rules; None where a float island feeds the output. sqnr_db, cosine: against the float
-    model. source: how it ran."""
+    model. source: how it ran. part: which graph of a language model."""
 
     backend: str
     ran: bool
@@ -39,6 +39,7 @@ class Result:
     cosine: float | None = None
     metric: dict[str, Any] | None = None
     source: str = ""
+    part: str = ""
     misses: list[str] = field(default_factory=list)
 
 
@@ -54,6 +55,10 @@ def validate(
 ) -> list[Result]:
     """Run every built artifact. data: None takes the bundle's golden vectors (whose float outputs it holds);
     other data needs ``float_graph`` for the float figures (None leaves them empty)."""
+    if bundle.prefill is not None:
+        assert data is None, "golden steps are what the graphs of a language model are compared on"
+        parts = [replace(part, prefill=None) for part in bundle.parts]
+        return [replace(r, part=part.part) for part in parts for r in validate(part, None, None, only, say)]
     labels = None if data is None else data.labels
     if data is None:
         codes, reference = bundle.golden_part("input"), bundle.golden_part("float")
@@ -74,7 +79,7 @@ def validate(
             say(f"simulator ({profile})")
             graph = with_profile(bundle.graph, profile)
             expected[profile] = _batched(codes, lambda part, graph=graph: simulate(graph, part))
-        say(name)
+        say(f"{name} {bundle.part}".rstrip())
         try:
             got = (
                 expected[profile]
@@ -141,7 +146,7 @@ def _metric(bundle: Bundle, got: Any, reference: Any, labels: np.ndarray | None,
             if reference
             else {}
         )
-    elif bundle.recipe.metric == "perplexity":
+    elif bundle.recipe.metric == "perplexity" and not bundle.part:
         ids = codes[bundle.graph.inputs[0]]
         values, flips = [perplexity(x, ids) for x in logits], {}
     else:

@@ -102,7 +102,7 @@ def snapshots() -> dict[str, str]:
     wide = Recipe(overrides=(Override(op="add", output="a16"), Override(match="logits", precision="w4a16")))
     texts = {"float": print_graph(network()), "optimized": print_graph(graph)}
     for name, recipe in {"w8a8": Recipe(), "mixed": wide}.items():
-        texts[name] = print_graph(convert(graph, assign(graph, ranges, recipe, target), target.numerics))
+        texts[name] = print_graph(convert(graph, assign(graph, ranges, recipe, target), target))
     return texts
 
 

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import numpy as np
 
@@ -16,7 +16,8 @@ from edgeforge.ir.graph import Graph
 from edgeforge.target import Target
 
 Codes = Mapping[str, np.ndarray]
-Step = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
+#: One run of an artifact: codes in, codes out, for the batch that the graph declares.
+Step = Callable[[Codes], Mapping[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,12 @@ class Artifact:
 
 
 class Backend(Protocol):
-    """``numerics``: the profile of its runtime (fixed.PROFILES), or "" for the target's own."""
+    """``numerics``: the profile of its runtime (fixed.PROFILES), or "" for the target's own. ``emulated``: what runs
+    here emulates the device, its times say nothing."""
 
     name: str
     numerics: str
+    emulated: bool
     summary: str
 
     def missing(self) -> str:
@@ -68,16 +71,11 @@ class Backend(Protocol):
         """Output codes of the artifact for input codes ``feeds`` (any batch), by value name of ``graph``."""
         ...
 
-
-@runtime_checkable
-class Resident(Protocol):
-    """A backend whose artifacts run in this process, so that one inference can be timed apart from loading."""
-
-    def open(
+    def opened(
         self, folder: Path, graph: Graph, target: Target, threads: int | None = None
     ) -> AbstractContextManager[Step]:
-        """The artifact, loaded: a function from the codes of one batch to output codes. threads: None, the runtime's
-        own choice."""
+        """The artifact, loaded once for many runs. threads: None is the runtime's own choice; emulators take no notice
+        of it."""
         ...
 
 

@@ -2,7 +2,7 @@
 
 Found by compiling each form with QNN 2.49 (soc_model 57) with the CPU fallback disabled; a form that is not taken in
 integers is either refused or, silently, computed in float16 between a Dequantize and a Quantize: so are all operations
-whose activations differ in width, products with a uint8 second operand apart."""
+whose activations differ in width, products with a uint8 second operand apart (see edgeforge/quantize/widths.py)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 
 from edgeforge.backends import Edit
 from edgeforge.errors import Reason
-from edgeforge.ir.fixed import clamp_codes
 from edgeforge.ir.graph import Graph, Node
-from edgeforge.ir.op import ACT, OPS
+from edgeforge.ir.op import OPS
+from edgeforge.ir.rules import averages_apart, covers_image
 from edgeforge.ir.types import RANGE, QParams, TensorType, Value
 from edgeforge.target import Target
 
@@ -52,7 +52,7 @@ def prepare(graph: Graph, target: Target) -> tuple[Graph, tuple[Edit, ...]]:
     """The graph in forms that Hexagon computes in integers, and every change. Names of inputs and outputs stay; the new
     nodes carry no rounding constants (`with_profile` adds them)."""
     edits: list[Edit] = []
-    for step in (_split_silu, _layer_norm, _equal_widths, _transpose):
+    for step in (_split_silu, _layer_norm, _average, _pad, _flat, _transpose):
         editor = _Editor(graph)
         for node in graph.nodes:
             step(editor, node)
@@ -97,55 +97,60 @@ def _layer_norm(e: _Editor, node: Node) -> None:
     e.put(replace(node, inputs=(node.inputs[0], gain_name, bias_name)))
 
 
-def _widened(kind: TensorType) -> TensorType:
-    """The 16-bit encoding whose codes are 256 times the 8-bit ones: the same real numbers, exactly."""
-    assert kind.q is not None
-    return TensorType(kind.shape, "u16", QParams(kind.q.scale / np.float32(256), kind.q.zero * 256))
-
-
-def _equal_widths(e: _Editor, node: Node) -> None:
-    """y: u16 = op(a: u16, b: u8)   =>   b16 = requantize(b) (codes times 256); y = op(a, b16)
-    y: u8 = op(a: u16)          =>   y16: u16 = op(a); y = requantize(y16)"""
-    op, out = OPS[node.op], e.graph.type(node.output)
-    first_only = op.numerics in ("dot", "norm")
-    acts = [i for i in range(len(node.inputs)) if op.port(i).role == ACT and not (first_only and i)]
-    widths = {e.graph.type(node.inputs[i]).dtype for i in acts} | {out.dtype}
-    if op.numerics == "move" or node.op == "requantize" or len(widths) == 1:
+def _average(e: _Editor, node: Node) -> None:
+    """y = avg_pool(x)   =>   y = reduce_mean(x) where a window is the image, else a convolution by ones: depthwise
+    where HTP has that, dense and diagonal where not"""
+    if node.op != "avg_pool":
         e.put(node)
         return
-    names = list(node.inputs)
-    for i in acts:
-        value = e.graph.values[names[i]]
-        if value.type.dtype == "u8":
-            wide = _widened(value.type)
-            if value.data is not None:
-                names[i] = e.const(f"{names[i]}.wide", wide, value.data.astype(np.uint16) * np.uint16(256))
-            else:
-                made = f"{node.output}.input{i}"
-                names[i] = e.put(Node("requantize", (names[i],), made, {}, node.source), wide)
-            if op.numerics == "dot" and len(names) == 3:
-                names[2] = _finer_bias(e, node)
-    what = "8-bit inputs widened (codes times 256)"
-    if out.dtype == "u16":
-        e.put(replace(node, inputs=tuple(names)))
-    else:
-        attrs = dict(node.attrs)
-        if clamp_codes(e.graph.view(node)) == RANGE["u8"]:
-            attrs.pop("clamp", None)
-        made = f"{node.output}.output16"
-        e.put(replace(node, inputs=tuple(names), output=made, attrs=attrs), _widened(out))
-        e.put(Node("requantize", (made,), node.output, {}, node.source))
-        what = "computed with a 16-bit output, then requantized"
-    e.note(node, what, "HTP computes mixed widths in float16")
+    n = e.graph.view(node)
+    if covers_image(n):
+        e.put(replace(node, op="reduce_mean", attrs={"axes": (2, 3), "keepdims": True}))
+        return
+    channels, kernel = n.shape(0)[1], node.attrs["kernel"]
+    groups = channels if averages_apart(n) else 1
+    q = QParams(np.full(channels, np.float32(1 / np.prod(kernel))), 0, axis=0)
+    ones = np.ones((channels, 1, *kernel), np.int8)
+    if groups == 1:
+        ones = ones * np.eye(channels, dtype=np.int8)[:, :, None, None]
+    w = e.const(f"{node.output}.ones", TensorType(ones.shape, "i8", q), ones)
+    attrs = {key: node.attrs[key] for key in ("stride", "pads")} | {"dilation": (1, 1), "groups": groups}
+    e.put(Node("conv2d", (node.inputs[0], w), node.output, attrs, node.source))
+    e.note(node, "written as a convolution", "HTP's average rounds twice, and reads beyond a padded edge")
 
 
-def _finer_bias(e: _Editor, node: Node) -> str:
-    """The bias at 1/256 of its scale, as a widened input demands."""
-    bias = e.graph.values[node.inputs[2]]
-    assert bias.data is not None and bias.type.q is not None
-    codes = np.clip(bias.data.astype(np.int64) * 256, *RANGE["i32"]).astype(np.int32)
-    q = replace(bias.type.q, scale=bias.type.q.scale / np.float32(256))
-    return e.const(f"{bias.name}.finer", replace(bias.type, q=q), codes)
+def _pad(e: _Editor, node: Node) -> None:
+    """y = conv2d(x), padded on the left   =>   p = pad(x); y = conv2d(p), for depthwise 5x5 with stride 2 at 16 bits"""
+    pads = node.attrs.get("pads", (0, 0, 0, 0))
+    if node.op != "conv2d" or not pads[1] or node.attrs["stride"] != (2, 2):
+        e.put(node)
+        return
+    (_, depth, *kernel), kind = e.values[node.inputs[1]].type.shape, e.graph.type(node.inputs[0])
+    if depth != 1 or kernel != [5, 5] or kind.dtype != "u16":
+        e.put(node)
+        return
+    batch, channels, height, width = kind.shape
+    top, left, bottom, right = pads
+    padded = replace(kind, shape=(batch, channels, height + top + bottom, width + left + right))
+    name = e.put(Node("pad", node.inputs[:1], f"{node.output}.padded", {"pads": pads}, node.source), padded)
+    e.put(replace(node, inputs=(name, *node.inputs[1:]), attrs=dict(node.attrs) | {"pads": (0, 0, 0, 0)}))
+    e.note(node, "padded by an op of its own", "HTP's kernel fills its left edge with a wrong low byte")
+
+
+def _flat(e: _Editor, node: Node) -> None:
+    """y = linear(x, w, b) of rank 3 and more   =>   the same on rows: reshape, linear, reshape
+
+    HTP's fully connected op takes a bias; a matrix product takes none, and an int32 addition is not offered."""
+    if node.op != "linear" or len(node.inputs) < 3 or len(e.graph.type(node.output).shape) == 2:
+        e.put(node)
+        return
+    x, y = (e.graph.type(name) for name in (node.inputs[0], node.output))
+    rows = (x.size // x.shape[-1],)
+    flat, out = (replace(kind, shape=(*rows, kind.shape[-1])) for kind in (x, y))
+    name = f"{node.output}.rows"
+    e.put(Node("reshape", node.inputs[:1], f"{name}.in", {"shape": flat.shape}, node.source), flat)
+    e.put(replace(node, inputs=(f"{name}.in", *node.inputs[1:]), output=name), out)
+    e.put(Node("reshape", (name,), node.output, {"shape": y.shape}, node.source))
 
 
 def _transpose(e: _Editor, node: Node) -> None:
@@ -164,17 +169,29 @@ def _transpose(e: _Editor, node: Node) -> None:
     e.put(Node("reshape", (moved,), node.output, {"shape": kind.shape}, node.source))
 
 
+def _is_wrong(node: Node, graph: Graph) -> bool:
+    x, shape = graph.type(node.inputs[0]), graph.type(node.inputs[1]).shape
+    small = x.dtype == "u8" and 2 <= node.attrs["groups"] == x.shape[1] <= 4
+    return small and shape[1:] == (1, 2, 2) and node.attrs["stride"] == (2, 2)
+
+
 def refusals(graph: Graph, target: Target) -> list[Reason]:
-    """Forms of matrix products that HTP rejects or computes wrongly."""
+    """Forms of products and convolutions that HTP rejects or computes wrongly."""
     reasons = []
     for node in graph.nodes:
         if OPS[node.op].numerics != "dot":
             continue
+        if node.op == "conv2d" and _is_wrong(node, graph):
+            why = "HTP computes 8-bit depthwise 2x2 convolutions of stride 2 wrongly for 2 to 4 channels"
+            reasons.append(Reason(node.source or node.output, node.op, why, "a dense convolution, or w8a16"))
         where, a, b = node.source or node.output, graph.type(node.inputs[0]), graph.type(node.inputs[1])
         assert b.q is not None
         if b.q.block is not None and a.dtype == "u8":
             why = "block-wise weights with 8-bit activations are not offered by HTP"
             reasons.append(Reason(where, node.op, why, "w4a16 with the same block, or per-channel w4a8"))
+        elif b.q.block is not None and len(node.inputs) > 2:
+            why = "block-wise weights with a bias are computed in float16 by HTP"
+            reasons.append(Reason(where, node.op, why, "per-channel w8a16, or no bias"))
         if node.op != "matmul":
             continue
         if (a.dtype, b.dtype, graph.type(node.output).dtype) == ("u8", "u16", "u8"):

@@ -43,6 +43,7 @@ def wrong_executorch() -> str:
 class ExecutorchXnnpack:
     name = "executorch_xnnpack"
     numerics = "xnnpack"
+    emulated = False
     summary = "ExecuTorch program with XNNPACK's int8 kernels; what has none is a float island"
 
     def missing(self) -> str:
@@ -74,11 +75,12 @@ class ExecutorchXnnpack:
         return Artifact((MODEL,), edits=_edits(graph), islands=islands(graph))
 
     def run(self, folder: Path, graph: Graph, target: Target, feeds: Codes) -> dict[str, np.ndarray]:
-        with self.open(folder, graph, target) as step:
-            return in_batches(step, {name: graph.type(name).shape[0] for name in graph.inputs}, feeds)
+        sizes = {name: graph.type(name).shape[0] for name in graph.inputs}
+        with self.opened(folder, graph, target) as step:
+            return in_batches(step, sizes, feeds)
 
     @contextmanager
-    def open(self, folder: Path, graph: Graph, target: Target, threads: int | None = None) -> Iterator[Step]:
+    def opened(self, folder: Path, graph: Graph, target: Target, threads: int | None = None) -> Iterator[Step]:
         with _quiet(self.name):
             from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
             from executorch.runtime import Runtime
@@ -89,13 +91,16 @@ class ExecutorchXnnpack:
             program = Runtime.get().load_program((folder / MODEL).read_bytes())
             method = program.load_method("forward")
 
-            def step(piece: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        def step(piece: Codes) -> dict[str, np.ndarray]:
+            # Not under `_quiet`: that takes longer than a small model, and benchmarks time this.
+            try:
                 results = method.execute([entering(graph.type(name), piece[name]) for name in graph.inputs])
-                return {
-                    name: leaving(graph.type(name), y.numpy()) for name, y in zip(graph.outputs, results, strict=True)
-                }
+            except RuntimeError as error:
+                raise BackendFailed(f"{self.name}: {error}") from error
+            named = zip(graph.outputs, results, strict=True)
+            return {name: leaving(graph.type(name), y.numpy()) for name, y in named}
 
-            yield step
+        yield step
 
 
 def _lower(graph: Graph) -> bytes:

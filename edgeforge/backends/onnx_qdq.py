@@ -27,6 +27,7 @@ OPTIONS = {"session.qdq_matmulnbits_accuracy_level": "1", "session.x64quantpreci
 class OnnxQdq:
     name = "onnx_qdq"
     numerics = "ort-cpu"
+    emulated = False
     summary = "QDQ model, opset 23, run by ONNX Runtime on the CPU"
 
     def missing(self) -> str:
@@ -49,13 +50,13 @@ class OnnxQdq:
 
     def run(self, folder: Path, graph: Graph, target: Target, feeds: Codes) -> dict[str, np.ndarray]:
         sizes = {name: graph.type(name).shape[0] for name in graph.inputs}
-        with self.open(folder, graph, target) as step:
+        with self.opened(folder, graph, target) as step:
             return in_batches(step, sizes, feeds)
 
     @contextmanager
-    def open(self, folder: Path, graph: Graph, target: Target, threads: int | None = None) -> Iterator[Step]:
+    def opened(self, folder: Path, graph: Graph, target: Target, threads: int | None = None) -> Iterator[Step]:
         session, outputs = self.session(folder / MODEL, threads), list(graph.outputs)
-        yield lambda piece: dict(zip(outputs, session.run(outputs, piece), strict=True))
+        yield lambda feeds: dict(zip(outputs, session.run(outputs, dict(feeds)), strict=True))
 
     def session(self, model: Path, threads: int | None = None) -> Any:
         import onnxruntime

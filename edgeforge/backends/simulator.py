@@ -19,6 +19,7 @@ from edgeforge.target import Target
 class Simulator:
     name = "simulator"
     numerics = ""
+    emulated = False
     summary = "EdgeForge's bit-exact evaluator"
 
     def missing(self) -> str:
@@ -34,17 +35,17 @@ class Simulator:
         return Artifact(files=(), notes=(f"rounding rules of {target.numerics}; runs the bundle's integer graph",))
 
     def run(self, folder: Path, graph: Graph, target: Target, feeds: Codes) -> dict[str, np.ndarray]:
-        with self.open(folder, graph, target) as step:
-            return step(dict(feeds))
+        with self.opened(folder, graph, target) as step:
+            return dict(step(feeds))
 
     @contextmanager
-    def open(self, folder: Path, graph: Graph, target: Target, threads: int | None = None) -> Iterator[Step]:
+    def opened(self, folder: Path, graph: Graph, target: Target, threads: int | None = None) -> Iterator[Step]:
         import torch
 
         if threads is not None:
             torch.set_num_threads(threads)
         rounded = with_profile(graph, target.numerics)
-        yield lambda piece: simulate(rounded, piece)
+        yield lambda feeds: simulate(rounded, feeds)
 
 
 BACKEND = Simulator()

@@ -84,10 +84,10 @@ def bench(
 
 def _one(bundle: Bundle, name: str, about: dict[str, Any], threads: int, repeats: int, warmup: int) -> DeviceResult:
     chosen = backends.backend(name)
-    emulated = name == "simulator" or not isinstance(chosen, backends.Resident)
+    emulated = name == "simulator" or chosen.emulated
     made: dict[str, Any] = {"source": "emulated" if emulated else "host", "artifact": name}
     made["runtime"] = Runtime(name=chosen.summary, versions=_versions(name))
-    if isinstance(chosen, backends.Resident):
+    if not chosen.emulated:
         with tempfile.TemporaryDirectory(prefix="edgeforge-") as folder:
             outputs, figures = Path(folder) / "outputs.npz", Path(folder) / "figures.json"
             request = {

@@ -46,12 +46,14 @@ class Rule:
 
 def clamp_codes(n: NodeView) -> tuple[int, int]:
     """Lowest and highest output code: the dtype's range, narrowed by a fused activation (attribute ``clamp``)."""
-    low, high = RANGE[n.out.dtype]
-    if "clamp" in n.attrs:
-        q = n.q(-1)
-        real_low, real_high = n["clamp"]
-        low = max(low, int(np.rint(np.float64(real_low) / np.float64(q.scale))) + q.zero)
-        high = min(high, int(np.rint(min(np.float64(real_high) / np.float64(q.scale), 2.0**31))) + q.zero)
+    return limit_codes(n, n["clamp"]) if "clamp" in n.attrs else RANGE[n.out.dtype]
+
+
+def limit_codes(n: NodeView, limits: tuple[float, float]) -> tuple[int, int]:
+    """The output codes of real limits, within the dtype's range."""
+    q, (lowest, highest) = n.q(-1), RANGE[n.out.dtype]
+    steps = (np.rint(np.clip(np.float64(x) / np.float64(q.scale), -(2.0**31), 2.0**31)) for x in limits)
+    low, high = (min(max(int(step) + q.zero, lowest), highest) for step in steps)
     return low, high
 
 

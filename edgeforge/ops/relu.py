@@ -1,13 +1,22 @@
 """relu: y = max(x, 0), element-wise."""
 
+from typing import Any
+
 import numpy as np
 
+from edgeforge.ir.graph import NodeView
 from edgeforge.ops._unary import unary
+
+
+def onnx(g: Any, n: NodeView, x: str) -> str:
+    """Nothing where no code lies below zero."""
+    return x if n.q(0) == n.q(-1) and n.zero(0) == 0 else g.limit(n, "Max", x, n.zero(-1))
+
 
 unary(
     "relu",
     real=lambda n, x: np.maximum(x, 0.0),
     torch=lambda T, n, x: T.relu(x),
-    onnx=lambda g, n, x: g("Relu", x),
+    onnx=onnx,
     doc=__doc__,
 )

@@ -13,10 +13,10 @@ from edgeforge.ir.graph import Graph, Node
 from edgeforge.ir.op import ACT, OPS
 from edgeforge.ir.types import RANGE, QParams, TensorType
 from edgeforge.quantize.calibrate import Range
-from edgeforge.recipe import Override, Precision, Recipe
+from edgeforge.recipe import Override, Precision, Recipe, Width
 from edgeforge.target import Target
 
-WIDTHS = {"a8": "u8", "a16": "u16"}
+WIDTHS = {"a8": "u8", "a16": "u16", "a8s": "u8"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Plan:
 
 def _matches(override: Override, node: Node) -> bool:
     named = fnmatch.fnmatchcase(node.output, override.match) or fnmatch.fnmatchcase(node.source, override.match)
-    return named and override.op in (None, node.op)
+    return named and (override.op == node.op or (override.op is None and node.op != "input"))
 
 
 def affine(limits: Range, dtype: str) -> QParams:
@@ -72,7 +72,8 @@ def assign(graph: Graph, ranges: Mapping[str, Range], recipe: Recipe, target: Ta
     """Encodings for every activation of a float graph.
 
     Raises Unsupported, with every node that the target cannot run as asked and the remedy for each."""
-    precision, wide = _precisions(graph, recipe)
+    precision, outputs = _precisions(graph, recipe)
+    wide = {name: WIDTHS[output] for name, output in outputs.items()}
     groups = _Groups(graph)
     limits: dict[str, Range] = {}
     widths: dict[str, str] = {}
@@ -86,6 +87,8 @@ def assign(graph: Graph, ranges: Mapping[str, Range], recipe: Recipe, target: Ta
         if not value.const:
             widths[root] = max(widths.get(root, "u8"), wide.get(name, "u8"), key=lambda w: RANGE[w][1])
     forced = _forced(graph, groups, target, widths)
+    for root in {groups.find(name) for name, output in outputs.items() if output == "a8s"}:
+        forced[root] = ("u8", symmetric(limits[root], 128))
     types = {}
     for name, value in graph.values.items():
         root = groups.find(name)
@@ -97,18 +100,19 @@ def assign(graph: Graph, ranges: Mapping[str, Range], recipe: Recipe, target: Ta
     return Plan(types, precision, reads)
 
 
-def _precisions(graph: Graph, recipe: Recipe) -> tuple[dict[str, Precision], dict[str, str]]:
-    """Per node its precision, and per value the dtype that the recipe asks of it."""
+def _precisions(graph: Graph, recipe: Recipe) -> tuple[dict[str, Precision], dict[str, Width]]:
+    """Per node its precision, and per value the width that the recipe asks of it."""
     default = Precision(recipe.precision)
-    precision, wide = {}, {name: default.activations for name in graph.inputs}
-    for node in graph.nodes:
-        chosen, output = default, default.activations
+    usual: Width = "a16" if default.activations == "u16" else "a8"
+    precision, outputs = {}, dict.fromkeys(graph.inputs, usual)
+    for node in (*(Node("input", (), name) for name in graph.inputs), *graph.nodes):
+        chosen, output = default, usual
         for override in recipe.overrides:
             if _matches(override, node):
                 chosen = Precision(override.precision) if override.precision else chosen
-                output = WIDTHS[override.output] if override.output else output
-        precision[node.output], wide[node.output] = chosen, output
-    return precision, wide
+                output = override.output or output
+        precision[node.output], outputs[node.output] = chosen, output
+    return precision, outputs
 
 
 def _data_range(data: np.ndarray | None) -> Range:
@@ -155,7 +159,8 @@ def _reads(
         if node.op == "matmul" and target.second_operand_zero is not None:
             name = node.inputs[1]
             encoding = symmetric(limits[groups.find(name)], target.second_operand_zero)
-            reads[node.output, 1] = TensorType(types[name].shape, "u8", encoding)
+            if (types[name].dtype, types[name].q) != ("u8", encoding):
+                reads[node.output, 1] = TensorType(types[name].shape, "u8", encoding)
     _push_up(graph, groups, types, reads)
     return reads
 

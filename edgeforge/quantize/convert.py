@@ -14,6 +14,8 @@ from edgeforge.ir.types import QParams, TensorType, Value
 from edgeforge.ir.verify import verify
 from edgeforge.quantize.assign import Plan, _data_range, affine
 from edgeforge.quantize.weights import least_scale, quantize_weight
+from edgeforge.quantize.widths import equal_widths
+from edgeforge.target import Target
 
 
 class _Converter:
@@ -105,9 +107,14 @@ class _Converter:
         return made
 
 
-def convert(graph: Graph, plan: Plan, profile: str, weight_method: str = "minmax") -> Graph:
-    """The integer graph under the rounding rules of ``profile`` (a key of fixed.PROFILES)."""
-    return with_profile(_Converter(graph, plan, weight_method).run(), profile)
+def convert(graph: Graph, plan: Plan, target: Target, weight_method: str = "minmax") -> Graph:
+    """The integer graph under the rounding rules of ``target``."""
+    return as_computed(_Converter(graph, plan, weight_method).run(), target)
+
+
+def as_computed(graph: Graph, target: Target) -> Graph:
+    """An integer graph in the form that ``target`` computes, with its rounding constants."""
+    return with_profile(equal_widths(graph) if target.equal_widths else graph, target.numerics)
 
 
 def with_profile(graph: Graph, profile: str) -> Graph:

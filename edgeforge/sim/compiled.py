@@ -129,15 +129,18 @@ def htp16(high_sums, low_sums, row, column, base, carry, left, right, mult, zero
 
 
 @compiled
-def multiply_shift(sums, row, column, base, shift, mult, low, high, codes):
-    """``((acc + base) * mult + half) >> shift``, half up."""
-    width = sums.shape[1]
+def multiply_shift(sums, row, column, base, shift, mult, half, low, high, codes):
+    """``((acc + base) * mult + half) >> shift`` of sums [planes, R, C]: of codes, or of their high and low bytes."""
+    width, planes = sums.shape[2], sums.shape[0]
     b, s, m = base[column : column + width], shift[column : column + width], mult[column : column + width]
-    for i in range(sums.shape[0]):
-        acc, out = sums[i], codes[row + i, column : column + width]
+    h = half[column : column + width]
+    for i in range(sums.shape[1]):
+        first, last, out = sums[0, i], sums[planes - 1, i], codes[row + i, column : column + width]
         for c in range(width):
-            half = (np.int64(1) << (s[c] & 63)) >> 1
-            out[c] = min(max(((acc[c] + b[c]) * m[c] + half) >> (s[c] & 63), low), high)
+            acc = np.int64(last[c])
+            if planes == 2:
+                acc += np.int64(first[c]) << 8
+            out[c] = min(max(((acc + b[c]) * m[c] + h[c]) >> (s[c] & 63), low), high)
 
 
 @compiled

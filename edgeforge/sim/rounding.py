@@ -77,11 +77,11 @@ def finish(n: NodeView, channels: int, lowered: int) -> Finish:
 
 def _fits(n: NodeView, planes: int) -> bool:
     """Whether a compiled loop covers the node: the width of input codes that its rule is made for, and its shifts."""
+    shift = np.asarray(n.fixed["shift"])
+    if n.node.rule == "htp_depthwise_2":
+        return bool(shift.min() >= 0 and shift.max() < 63)
     if planes != (2 if RULES[n.node.rule].bytewise else 1):
         return False
-    shift = np.asarray(n.fixed["shift"])
-    if n.node.rule == "htp8_dw2":
-        return bool(shift.min() >= 0 and shift.max() < 63)
     return n.node.rule in ("fp32", "ort_float_dot") or bool(np.abs(shift).max() < 63)
 
 
@@ -135,13 +135,14 @@ def _htp16(n: NodeView, channels: int) -> Loop:
     return loop
 
 
-def _htp8_dw2(n: NodeView, channels: int) -> Loop:
-    shift, mult = (_spread(n.fixed[key], channels, np.int64) for key in ("shift", "mult"))
-    offset = _spread(n.fixed["offset"], channels, np.int64)
+def _htp_depthwise_2(n: NodeView, channels: int) -> Loop:
+    shift, mult, offset, half = (
+        _spread(n.fixed[key], channels, np.int64) for key in ("shift", "mult", "offset", "half")
+    )
     limits = [int(n.fixed[key]) for key in ("low", "high")]
 
     def loop(sums: Array, row: int, column: int, base: tuple[Array, Array], codes: Array) -> None:
-        compiled.multiply_shift(sums[0], row, column, base[0] + offset, shift, mult, *limits, codes)
+        compiled.multiply_shift(sums, row, column, base[0] + offset, shift, mult, half, *limits, codes)
 
     return loop
 
@@ -161,7 +162,7 @@ def _fp32(n: NodeView, channels: int) -> Loop:
 _LOOPS: dict[str, Callable[[NodeView, int], Loop]] = {
     "htp8": _htp8,
     "htp8_v68": _htp8_v68,
-    "htp8_dw2": _htp8_dw2,
+    "htp_depthwise_2": _htp_depthwise_2,
     "htp16": _htp16,
     "htp16_v68": _htp16,
     "fp32": _fp32,
@@ -197,7 +198,7 @@ def lanewise(n: NodeView) -> Callable[[Array, int, Array], None] | None:
         return None
     mult = int(n.fixed["mult"]) if "mult" in n.fixed else 0
     if n.node.rule == "htp_affine16":
-        constants = (0, mult, 1 << 14, 0, 0, int(n.fixed["offset"]), 18)
+        constants = (0, mult, int(n.fixed["lane"]), 0, 0, int(n.fixed["offset"]), 18)
     elif n.node.rule == "htp_requantize16" and n.out.dtype == "u16":
         constants = (32768, mult, 1 << 14, 0, 15, int(n.fixed["offset"]) + 4, 3)
     elif n.node.rule == "htp_requantize16":

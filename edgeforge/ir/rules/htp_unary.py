@@ -16,7 +16,7 @@ from edgeforge.ir.types import NUMPY, RANGE
 
 def _derive_affine16(n: NodeView) -> Constants:
     """``mult``: the ratio of the scales at 2**-18. ``offset``: what the zero points and the half step add, in float32
-    products and sums, a multiple of 2**15."""
+    products and sums, a multiple of 2**15. ``lane``: added at even places of the tensor."""
     sign = -1 if n.node.op == "neg" else 1
     mult = int(np.rint(np.float64(f32(n.q(0).scale / n.q(-1).scale)) * 2.0**18))
     taken = f32(f32(sign * n.zero(0)) * f32(mult / 2.0**15))
@@ -24,14 +24,15 @@ def _derive_affine16(n: NodeView) -> Constants:
     limits = {"relu": (0.0, np.inf), "clip": (n.attrs.get("low_real"), n.attrs.get("high_real"))}
     attrs = {"clamp": limits[n.node.op]} if n.node.op in limits else {}
     low, high = clamp_codes(NodeView(n.graph, replace(n.node, attrs=attrs)))
-    return {"mult": sign * mult, "offset": eighths << 15, "low": low, "high": high}
+    lane = 1 << 14 if n.node.op == "neg" else 0
+    return {"mult": sign * mult, "offset": eighths << 15, "lane": lane, "low": low, "high": high}
 
 
 def _apply_affine16(n: NodeView, x: Array) -> Array:
-    """``(mult * x + offset + lane) >> 18``. Even and odd lanes of a vector round apart, so a code depends on whether
-    it stands at an even place of its tensor: ``lane`` is 2**14 there and 0 at odd ones."""
+    """``(mult * x + offset + lane) >> 18``. Where even and odd lanes of a vector round apart, a code depends on whether
+    it stands at an even place of its tensor."""
     flat = x.reshape(-1, n.out.size).astype(np.int64)
-    lane = np.where(np.arange(n.out.size) % 2, 0, 1 << 14)
+    lane = np.where(np.arange(n.out.size) % 2, 0, n.fixed["lane"])
     code = (n.fixed["mult"] * flat + n.fixed["offset"] + lane) >> 18
     return np.clip(code, n.fixed["low"], n.fixed["high"]).astype(np.uint16).reshape(x.shape)
 
@@ -70,7 +71,7 @@ RULES = (
 )
 PROFILES: dict[str, Profile] = {
     "htp-v73": {
-        "u8": dict.fromkeys(("hardsigmoid", "neg", "reciprocal", "rsqrt", "sqrt"), "table"),
+        "u8": dict.fromkeys(("hardsigmoid", "neg", "reciprocal", "rsqrt", "sigmoid", "sqrt", "tanh"), "table"),
         "u16": dict.fromkeys(("clip", "neg", "relu"), "htp_affine16"),
     },
 }
