@@ -96,7 +96,8 @@ def validate(
     found = found.head(samples) if found is not None and samples else found
     results = run(opened, found, source.imported.graph if source else None, tuple(backend or ()), _say)
     if as_json:
-        _print({"artifacts": [{k: v for k, v in dataclasses.asdict(r).items() if k != "misses"} for r in results]})
+        unsaid = {"misses"} if opened.prefill is not None else {"misses", "part"}
+        _print({"artifacts": [{k: v for k, v in dataclasses.asdict(r).items() if k not in unsaid} for r in results]})
     else:
         columns = ["backend", "ran", "identical", "max LSB", "SQNR dB", "cosine", "metric", "float", "flips", "source"]
         rows = []
@@ -130,6 +131,58 @@ def _validate_nodes(bundle: Any, names: Any, samples: int, as_json: bool) -> Non
         rows = [[n.node, n.op, n.rule, n.status, n.identical, n.max_lsb, n.bias_lsb, n.source] for n in nodes]
         title = f"{name}: {sum(n.max_lsb == 0 for n in nodes)} of {len(nodes)} nodes identical"
         _table(title, ["node", "op", "rule", "status", "identical", "max LSB", "bias LSB", "source"], rows)
+
+
+@app.command()
+def tune(
+    model: str,
+    target: Annotated[str, typer.Option(help="a name of `edgeforge targets`, or a YAML file")],
+    calibration: Annotated[str, typer.Option(help="as for export")],
+    out: Annotated[Path, typer.Option(help="the recipe to write")],
+    data: Annotated[str | None, typer.Option(help="samples to judge by; default: the calibration's")] = None,
+    samples: Annotated[int, typer.Option(help="how many of them")] = 16,
+    max_drop: Annotated[str, typer.Option(help="allowed loss of the metric, such as 1%")] = "1%",
+    budget_ms: Annotated[float | None, typer.Option(help="most milliseconds, as estimated")] = None,
+    budget_mb: Annotated[float | None, typer.Option(help="most megabytes of constants")] = None,
+    precision: Annotated[str | None, typer.Option(help="where to start")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="recipe to start from")] = None,
+    set: Annotated[list[str] | None, typer.Option("--set", help="recipe entry, a.b=value (repeatable)")] = None,
+    as_json: Json = False,
+) -> None:
+    """Find the few nodes of MODEL that need more bits, and write the recipe. Exit code 1: no recipe within the budget
+    keeps to --max-drop."""
+    from edgeforge.pipeline import find_data, load, read_recipe
+    from edgeforge.target import load_target
+    from edgeforge.tune import document, trail
+    from edgeforge.tune import tune as run
+
+    share = max_drop.strip()
+    try:
+        allowed = float(share.removesuffix("%")) / (100 if share.endswith("%") else 1)
+    except ValueError:
+        raise InvalidInput(f"--max-drop {max_drop!r} is no share -> 1% or 0.01") from None
+    chip, opened = load_target(target), load(model)
+    if opened.language is not None or opened.imported.encodings:
+        raise InvalidInput(f"{model}: tune takes models of one float graph -> a torch, ONNX or embedded model")
+    graph, start = opened.imported.graph, read_recipe(opened, recipe, precision, set or ())
+    base = opened.base if recipe is None else recipe.parent
+    learned = find_data(calibration, "calibration", opened, graph, start, base)
+    judged = find_data(data, "heldout", opened, graph, start, base) if data else learned
+    found = run(graph, start, chip, learned, judged.head(samples), allowed, budget_ms, budget_mb, _say)
+    out.write_text(trail(found))
+    if as_json:
+        _print(document(found))
+    else:
+        rows = [
+            [f.move.node, f.move.op, f.move.what, f"{f.benefit:.3g}", f"{f.cost:.3g}", f.weight_peak, f.input_peak,
+             "yes" if f.move in found.promoted else ""]
+            for f in found.findings[:30]
+        ]  # fmt: skip
+        columns = ["node", "op", "promotion", "benefit", f"cost {found.unit}", "weight peak", "input peak", "taken"]
+        _table(f"{out}: drop {found.before.drop:.2%} -> {found.after.drop:.2%}", columns, rows)
+    if not found.reached:
+        print(f"drop {found.after.drop:.2%} stays above {allowed:.2%} within the budget", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -31,7 +31,7 @@ from edgeforge.models import Model, call, load_model
 from edgeforge.passes import optimize
 from edgeforge.progress import track
 from edgeforge.quantize.assign import assign
-from edgeforge.quantize.calibrate import calibrate
+from edgeforge.quantize.calibrate import Range, calibrate
 from edgeforge.quantize.convert import convert
 from edgeforge.quantize.correct import correct_biases
 from edgeforge.quantize.keep import plan_from
@@ -75,17 +75,19 @@ def quantize(model: Model, recipe: Recipe, target: Target, data: Dataset, requan
     graph = model.imported.graph
     if model.imported.encodings and not requantize:
         return convert(graph, plan_from(model.imported, recipe, target), target)
-    samples = data.head(recipe.calibration.samples)
-    bits = 16 if Precision(recipe.precision).activations == "u16" else 8
-    ranges = calibrate(
-        graph, _Batches(samples), recipe.calibration.method, lambda name: bits, recipe.calibration.percentile
-    )
-    plan = assign(graph, ranges, recipe, target)
+    plan = assign(graph, ranges_of(graph, recipe, data), recipe, target)
     quantized = convert(graph, plan, target, recipe.weights)
     if recipe.bias_correction:
         corrected = correct_biases(graph, quantized, data.head(recipe.bias_correction).stacked())
         quantized = convert(corrected, plan, target, recipe.weights)
     return quantized
+
+
+def ranges_of(graph: Graph, recipe: Recipe, data: Dataset) -> dict[str, Range]:
+    """The range of every activation of a float graph, by the recipe's method on its first samples of ``data``."""
+    samples, how = _Batches(data.head(recipe.calibration.samples)), recipe.calibration
+    bits = 16 if Precision(recipe.precision).activations == "u16" else 8
+    return calibrate(graph, samples, how.method, lambda name: bits, how.percentile)
 
 
 class _Batches:

@@ -34,7 +34,7 @@ LAYERS = (
     ("devices",),
     ("report",),
     ("pipeline",),
-    ("estimator",),
+    ("estimator", "tune"),
     ("cli",),
 )
 

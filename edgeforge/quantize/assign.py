@@ -50,7 +50,7 @@ def symmetric(limits: Range, zero: int) -> QParams:
     return QParams(np.float32(reach), zero)
 
 
-class _Groups:
+class Groups:
     """Union-find over values that must share one encoding."""
 
     def __init__(self, graph: Graph):
@@ -72,9 +72,9 @@ def assign(graph: Graph, ranges: Mapping[str, Range], recipe: Recipe, target: Ta
     """Encodings for every activation of a float graph.
 
     Raises Unsupported, with every node that the target cannot run as asked and the remedy for each."""
-    precision, outputs = _precisions(graph, recipe)
+    precision, outputs = precisions(graph, recipe)
     wide = {name: WIDTHS[output] for name, output in outputs.items()}
-    groups = _Groups(graph)
+    groups = Groups(graph)
     limits: dict[str, Range] = {}
     widths: dict[str, str] = {}
     for name, value in graph.values.items():
@@ -100,7 +100,7 @@ def assign(graph: Graph, ranges: Mapping[str, Range], recipe: Recipe, target: Ta
     return Plan(types, precision, reads)
 
 
-def _precisions(graph: Graph, recipe: Recipe) -> tuple[dict[str, Precision], dict[str, Width]]:
+def precisions(graph: Graph, recipe: Recipe) -> tuple[dict[str, Precision], dict[str, Width]]:
     """Per node its precision, and per value the width that the recipe asks of it."""
     default = Precision(recipe.precision)
     usual: Width = "a16" if default.activations == "u16" else "a8"
@@ -120,14 +120,14 @@ def _data_range(data: np.ndarray | None) -> Range:
     return float(data.min()), float(data.max())
 
 
-def _is_activation(graph: Graph, groups: _Groups, name: str, ranges: Mapping[str, Range]) -> bool:
+def _is_activation(graph: Graph, groups: Groups, name: str, ranges: Mapping[str, Range]) -> bool:
     """Node outputs, inputs, and constants that share an encoding with one of these."""
     if name in ranges:
         return True
     return graph.values[name].const and groups.find(name) != name
 
 
-def _forced(graph: Graph, groups: _Groups, target: Target, widths: Mapping[str, str]) -> dict[str, tuple[str, QParams]]:
+def _forced(graph: Graph, groups: Groups, target: Target, widths: Mapping[str, str]) -> dict[str, tuple[str, QParams]]:
     """Encodings that hardware dictates, by group."""
     forced: dict[str, tuple[str, QParams]] = {}
     for node in graph.nodes:
@@ -140,7 +140,7 @@ def _forced(graph: Graph, groups: _Groups, target: Target, widths: Mapping[str, 
 
 def _reads(
     graph: Graph,
-    groups: _Groups,
+    groups: Groups,
     precision: Mapping[str, Precision],
     types: dict[str, TensorType],
     limits: Mapping[str, Range],
@@ -166,7 +166,7 @@ def _reads(
 
 
 def _push_up(
-    graph: Graph, groups: _Groups, types: dict[str, TensorType], reads: dict[tuple[str, int], TensorType]
+    graph: Graph, groups: Groups, types: dict[str, TensorType], reads: dict[tuple[str, int], TensorType]
 ) -> None:
     """Where every reader outside a group wants one other encoding of it, the group itself takes that encoding, and
     no requantize node is needed."""

@@ -12,7 +12,8 @@ from edgeforge.bundle import Bundle, load_bundle
 from edgeforge.devices.result import DEVICES, DeviceResult
 from edgeforge.devices.store import bundle_hash, read_results
 from edgeforge.errors import InvalidInput
-from edgeforge.estimate.estimate import Estimate, estimate_program, rates_of
+from edgeforge.estimate.estimate import Estimate, estimate_program
+from edgeforge.estimate.latency import chip_rates
 from edgeforge.estimate.program import from_graph
 from edgeforge.ir.graph import Graph
 from edgeforge.ir.op import OPS
@@ -105,8 +106,9 @@ def _estimated(bundle: Bundle) -> tuple[Estimate | None, tuple[float, float] | N
         made = estimate_program(from_graph(bundle.graph), bundle.target, precision)
     except InvalidInput as error:
         return None, None, str(error)
-    assert bundle.target.latency is not None
-    rates = rates_of(bundle.target.latency)["w8a16" if "a16" in precision else "w8a8"]
+    latency = bundle.target.latency
+    assert latency is not None
+    rates = chip_rates(latency.rates, latency.factors)["w8a16" if "a16" in precision else "w8a8"]
     # Rates are microseconds per million MACs and per kB.
     return made, (1e12 / min(rates["conv"], rates["dense"]), 1e9 / rates["weights"]), ""
 
