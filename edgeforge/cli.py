@@ -463,16 +463,18 @@ def calibrate(
 @app.command()
 def bench(
     bundle: Path,
-    on: Annotated[str, typer.Option(help="host, or hub (Qualcomm AI Hub's devices)")] = "host",
+    on: Annotated[str, typer.Option(help="host, hub (Qualcomm AI Hub's devices) or adb (a phone on a cable)")] = "host",
     backend: Annotated[list[str] | None, typer.Option(help="only this artifact (repeatable)")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="host: cores, pinned")] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="host: timed inferences")] = 50,
-    warmup: Annotated[int, typer.Option(min=0, help="host: inferences before those")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="host, adb: of the runtime; on the host pinned to cores")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="host, adb: timed inferences")] = 50,
+    warmup: Annotated[int, typer.Option(min=0, help="host, adb: inferences before those")] = 5,
     device: Annotated[
         list[str] | None, typer.Option(help="hub: a device, a target or chipset:NAME (repeatable); default: the target")
     ] = None,
     compile_only: Annotated[bool, typer.Option("--compile-only", help="hub: stop before the device")] = False,
     timeout: Annotated[float, typer.Option(min=0, help="hub: minutes to wait; the run can be gone on with")] = 60,
+    runner: Annotated[Path | None, typer.Option(help="adb: an executor_runner built for the phone")] = None,
+    serial: Annotated[str | None, typer.Option(help="adb: which phone")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="hub: say what would be uploaded")] = False,
     as_json: Json = False,
 ) -> None:
@@ -495,8 +497,15 @@ def bench(
             return
         patience = hub.Patience(timeout_s=timeout * 60)
         found = hub.bench(opened, store, tuple(device or ()), names, compile_only, patience, _say)
+    elif on == "adb":
+        from edgeforge.devices import adb
+
+        if runner is None:
+            raise InvalidInput("--on adb runs the XNNPACK program -> --runner FILE, an executor_runner for the phone")
+        found = [adb.bench(opened, runner, serial, threads, repeats, warmup, _say)]
+        store.add(found[0], opened)
     else:
-        raise InvalidInput(f"--on {on} -> host or hub")
+        raise InvalidInput(f"--on {on} -> host, hub or adb")
     _print_results(found, f"{opened.manifest.model} {opened.manifest.precision} on {on}", as_json)
 
 

@@ -59,7 +59,7 @@ def test_a_result_is_kept_beside_its_bundle_and_in_the_database_once(run, bundle
     run("ingest", file)  # the bundle is known by its hash now
     assert [f.name for f in (bundle / "results").iterdir()] == ["run-1.onnx_qdq.json"]
     (row,) = json.loads(run("results", "--json"))["results"]
-    assert (row["model"], row["device"], row["p50_us"]) == ("digits", "Phone", 104.5)
+    assert (row["model"], row["device"], row["latency_ms"]) == ("digits", "Phone", 0.1045)
 
 
 def test_golden_failures_and_throttled_runs_are_kept_and_flagged(run, bundle, written):
@@ -86,6 +86,15 @@ def test_nothing_but_devices_stands_in_a_comparison_of_devices(run, bundle, writ
     run("results", "--export", tmp_path / "all.json")
     whole = json.loads((tmp_path / "all.json").read_text())["results"]
     assert sorted(DeviceResult.model_validate(r).run_id for r in whole) == ["other", "run-1"]
+
+
+def test_exported_results_calibrate_a_target(run, bundle, written, tmp_path):
+    from edgeforge.estimate.calibrate import read_points
+
+    run("ingest", written(), "--bundle", bundle)
+    run("results", "--devices", "--artifact", "onnx_qdq", "--export", tmp_path / "measured.csv")
+    (point,) = read_points(tmp_path / "measured.csv")
+    assert (point.model, point.precision, point.latency_ms) == ("digits", "w8a8", 0.1045)
 
 
 def test_a_spreadsheet_runs_nothing_that_a_result_says(run, bundle, written, tmp_path):

@@ -92,10 +92,13 @@ class ExecutorchXnnpack:
             method = program.load_method("forward")
 
         def step(piece: Codes) -> dict[str, np.ndarray]:
-            with _quiet(self.name):
-                results = method.execute([_entering(graph.type(name), piece[name]) for name in graph.inputs])
+            # Not under `_quiet`: that takes longer than a small model, and benchmarks time this.
+            try:
+                results = method.execute([entering(graph.type(name), piece[name]) for name in graph.inputs])
+            except RuntimeError as error:
+                raise BackendFailed(f"{self.name}: {error}") from error
             named = zip(graph.outputs, results, strict=True)
-            return {name: _leaving(graph.type(name), y.numpy()) for name, y in named}
+            return {name: leaving(graph.type(name), y.numpy()) for name, y in named}
 
         yield step
 
@@ -140,7 +143,7 @@ def _edits(graph: Graph) -> tuple[Edit, ...]:
     return tuple(edits)
 
 
-def _entering(kind: TensorType, codes: np.ndarray) -> Any:
+def entering(kind: TensorType, codes: np.ndarray) -> Any:
     """Codes as the program takes them: int8, float32 for 16-bit values, int64 for ids."""
     import torch
 
@@ -151,7 +154,7 @@ def _entering(kind: TensorType, codes: np.ndarray) -> Any:
     return torch.from_numpy(np.ascontiguousarray(codes if kind.q is None else kind.q.dequantize(codes)))
 
 
-def _leaving(kind: TensorType, result: np.ndarray) -> np.ndarray:
+def leaving(kind: TensorType, result: np.ndarray) -> np.ndarray:
     """The graph's codes of what the program returns (a copy: the runtime reuses its memory)."""
     from edgeforge.dialects.pt2e import unsigned
 

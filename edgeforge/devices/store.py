@@ -17,13 +17,13 @@ from edgeforge.errors import InvalidInput
 
 RESULTS = "results"
 COLUMNS = (
-    "model", "target", "precision", "artifact", "device", "soc", "source", "p50_us", "p90_us", "peak_memory_mb",
+    "model", "target", "precision", "artifact", "device", "soc", "source", "latency_ms", "p90_ms", "peak_memory_mb",
     "golden", "flags", "created", "run_id",
 )  # fmt: skip
 _TABLES = """
 create table if not exists bundles (sha256 text primary key, path text, model text, target text, precision text);
 create table if not exists results (bundle_sha256 text, run_id text, artifact text, source text, device text, soc text,
-  created text, p50_us real, p90_us real, peak_memory_mb real, golden text, flags text, document text,
+  created text, latency_ms real, p90_ms real, peak_memory_mb real, golden text, flags text, document text,
   primary key (bundle_sha256, run_id, artifact));
 pragma user_version = 1;
 """
@@ -89,12 +89,12 @@ class Store:
         return fresh
 
     def _insert(self, connection: sqlite3.Connection, result: DeviceResult, bundle: Bundle) -> None:
-        m, p = bundle.manifest, result.percentiles_us
+        m, ms = bundle.manifest, {name: us / 1e3 for name, us in result.percentiles_us.items()}
         about = (result.bundle_sha256, str(bundle.path.resolve()), m.model, m.target, m.precision)
         connection.execute("insert or replace into bundles values (?, ?, ?, ?, ?)", about)
         row = (
             result.bundle_sha256, result.run_id, result.artifact, result.source, result.device.name, result.device.soc,
-            result.created, p.get("p50"), p.get("p90"), result.peak_memory_mb, result.golden.status,
+            result.created, ms.get("p50"), ms.get("p90"), result.peak_memory_mb, result.golden.status,
             "; ".join(result.flags), result.text(),
         )  # fmt: skip
         connection.execute(f"insert or ignore into results values ({', '.join('?' * len(row))})", row)
@@ -108,8 +108,8 @@ class Store:
         return Path(found[0])
 
     def rows(self, devices_only: bool = False, **where: str | None) -> list[dict[str, Any]]:
-        """Results as rows of COLUMNS, fastest first within a model. devices_only: real devices alone, the only rows
-        that may be compared with each other as devices. where: exact values by column."""
+        """Results as rows of COLUMNS, fastest first within a model; latency_ms: the median. devices_only: real devices
+        alone, the only rows that may be compared with each other as devices. where: exact values by column."""
         tests, values = [], []
         for column, value in where.items():
             if value is not None:
@@ -121,8 +121,9 @@ class Store:
             values += DEVICES
         query = f"select {', '.join(COLUMNS)} from results join bundles on bundle_sha256 = sha256"
         query += f" where {' and '.join(tests)}" if tests else ""
+        query += " order by model, precision, latency_ms is null, latency_ms, run_id"
         with self._open() as connection:
-            found = connection.execute(f"{query} order by model, precision, p50_us is null, p50_us, run_id", values)
+            found = connection.execute(query, values)
             return [dict(zip(COLUMNS, row, strict=True)) for row in found]
 
     def documents(self) -> list[DeviceResult]:
