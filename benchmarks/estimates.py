@@ -40,7 +40,7 @@ def held_out(hub: Hub, fit: Fit, groups: Array) -> Array:
     error = np.zeros(len(hub.rows.sample))
     for group in sorted(set(groups)):
         out = (groups == group)[hub.rows.sample]
-        without = fit_all(hub.samples, hub.rows.pick(~out), fit, rounds=1, steps=5)
+        without = fit_all(hub.samples, hub.rows.pick(~out), fit.chips, rounds=1)
         error[out] = on_chips(hub, without, hub.rows.pick(out)) - hub.rows.log_us[out]
     return error
 
@@ -146,7 +146,7 @@ def new_chip(hub: Hub, points: int = 10) -> tuple[float, ...]:
             rest = draw.permutation([name for name in names if name not in set(fold)])[:points]
             train = here.pick(np.isin(models[here.sample], rest))
             aside = np.isin(models, fold)[hub.rows.sample]
-            without = fit_all(hub.samples, hub.rows.pick(~mine & ~aside), elsewhere, rounds=1, steps=5)
+            without = fit_all(hub.samples, hub.rows.pick(~mine & ~aside), elsewhere.chips, rounds=1)
             picked, goal = hub.samples.pick(train.sample), hub.samples.pick(here.sample[test])
             center = without.center()
             factors = fit_chip(picked, train.log_us, without.base, without.residual[train.sample], center)

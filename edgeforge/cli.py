@@ -96,7 +96,8 @@ def validate(
     found = found.head(samples) if found is not None and samples else found
     results = run(opened, found, source.imported.graph if source else None, tuple(backend or ()), _say)
     if as_json:
-        _print({"artifacts": [{k: v for k, v in dataclasses.asdict(r).items() if k != "misses"} for r in results]})
+        unsaid = {"misses"} if opened.prefill is not None else {"misses", "part"}
+        _print({"artifacts": [{k: v for k, v in dataclasses.asdict(r).items() if k not in unsaid} for r in results]})
     else:
         columns = ["backend", "ran", "identical", "max LSB", "SQNR dB", "cosine", "metric", "float", "flips", "source"]
         rows = []
@@ -339,7 +340,7 @@ def show(
     from edgeforge.bundle import MANIFEST, load_bundle
     from edgeforge.ir.text import print_graph
     from edgeforge.pipeline import load
-    from edgeforge.report import deviations
+    from edgeforge.report.text import deviations
 
     bundle = load_bundle(Path(what)) if (Path(what) / MANIFEST).is_file() else None
     graph = bundle.graph if bundle else load(what).imported.graph
@@ -405,6 +406,142 @@ def calibrate(
         return
     print(f"{place}: {found.workloads} measurements, median error {found.before:.1%} before, {found.after:.1%} after")
     _table("farthest from the fit", ["workload", "estimated / measured"], [list(worst) for worst in found.worst])
+
+
+@app.command()
+def bench(
+    bundle: Path,
+    on: Annotated[str, typer.Option(help="host, or hub (Qualcomm AI Hub's devices)")] = "host",
+    backend: Annotated[list[str] | None, typer.Option(help="only this artifact (repeatable)")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="host: cores, pinned")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="host: timed inferences")] = 50,
+    warmup: Annotated[int, typer.Option(min=0, help="host: inferences before those")] = 5,
+    device: Annotated[
+        list[str] | None, typer.Option(help="hub: a device, a target or chipset:NAME (repeatable); default: the target")
+    ] = None,
+    compile_only: Annotated[bool, typer.Option("--compile-only", help="hub: stop before the device")] = False,
+    timeout: Annotated[float, typer.Option(min=0, help="hub: minutes to wait; the run can be gone on with")] = 60,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="hub: say what would be uploaded")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run the artifacts of BUNDLE, check their integers, and keep the figures beside it and in the results database."""
+    from edgeforge.bundle import load_bundle
+    from edgeforge.devices.store import Store
+
+    opened, names, store = load_bundle(bundle), tuple(backend or ()), Store()
+    if on == "host":
+        from edgeforge.devices import host
+
+        found = host.bench(opened, names, threads, repeats, warmup, _say)
+        for result in found:
+            store.add(result, opened)
+    elif on == "hub":
+        from edgeforge.devices import hub
+
+        if dry_run:
+            _print_plan(hub.plan(opened, names, compile_only), device or [opened.target.name], as_json)
+            return
+        patience = hub.Patience(timeout_s=timeout * 60)
+        found = hub.bench(opened, store, tuple(device or ()), names, compile_only, patience, _say)
+    else:
+        raise InvalidInput(f"--on {on} -> host or hub")
+    _print_results(found, f"{opened.manifest.model} {opened.manifest.precision} on {on}", as_json)
+
+
+def _print_plan(uploads: Any, devices: list[str], as_json: bool) -> None:
+    rows = [{"artifact": u.artifact, "file": str(u.file), "bytes": u.size, "jobs": list(u.steps)} for u in uploads]
+    if as_json:
+        _print({"devices": devices, "uploads": rows})
+        return
+    cells = [[r["artifact"], r["file"], f"{r['bytes'] / 1e6:.2f}", " ".join(r["jobs"])] for r in rows]
+    _table(f"would be uploaded for {', '.join(devices)}", ["artifact", "file", "MB", "jobs"], cells)
+
+
+def _print_results(results: list[Any], title: str, as_json: bool) -> None:
+    if as_json:
+        _print({"results": [result.document() for result in results]})
+        return
+    columns = ["artifact", "device", "source", "p50 ms", "p90 ms", "load ms", "peak MB", "golden", "flags"]
+    rows = []
+    for r in results:
+        ms = [r.percentiles_us[p] / 1e3 if r.latency_us else None for p in ("p50", "p90")]
+        golden = r.golden.status if r.golden.identical in (None, 1) else f"{r.golden.identical:.2%} identical"
+        about = [r.artifact, r.device.name, r.source, *ms, r.load_ms, r.peak_memory_mb, golden, "; ".join(r.flags)]
+        rows.append(about)
+    _table(title, columns, rows)
+
+
+@app.command()
+def ingest(
+    file: Path,
+    bundle: Annotated[Path | None, typer.Option(help="what was run; default: the known bundle of that hash")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check a device's result FILE against its bundle, flag what is wrong with it, and keep it."""
+    from edgeforge.devices.store import Store
+    from edgeforge.devices.store import ingest as run
+
+    result, fresh = run(file, bundle, Store())
+    _print_results([result], f"{file}: {'kept' if fresh else 'known already'}", as_json)
+
+
+@app.command()
+def results(
+    model: str | None = None,
+    artifact: str | None = None,
+    device: str | None = None,
+    devices: Annotated[bool, typer.Option("--devices", help="real devices only: the table to compare them by")] = False,
+    export: Annotated[Path | None, typer.Option(help="write the rows to .csv, or whole results to .json")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="print the JSON schema of a result")] = False,
+    as_json: Json = False,
+) -> None:
+    """Query the results database (EDGEFORGE_RESULTS)."""
+    from edgeforge.devices.result import DeviceResult
+    from edgeforge.devices.store import COLUMNS, Store, to_csv
+
+    if schema:
+        _print(DeviceResult.model_json_schema(by_alias=True))
+        return
+    if export is not None and export.suffix not in (".csv", ".json"):
+        raise InvalidInput(f"--export {export} -> a file that ends in .csv or .json")
+    store = Store()
+    rows = store.rows(devices, model=model, artifact=artifact, device=device)
+    if export is not None:
+        chosen = {(row["run_id"], row["artifact"]) for row in rows}
+        whole = [r.document() for r in store.documents() if (r.run_id, r.artifact) in chosen]
+        export.write_text(to_csv(rows) if export.suffix == ".csv" else json.dumps({"results": whole}, indent=1) + "\n")
+    if as_json:
+        _print({"results": rows})
+        return
+    shown = [c for c in COLUMNS if c not in ("soc", "target", "run_id")]
+    _table("real devices" if devices else "results", shown, [[row[c] for c in shown] for row in rows])
+
+
+@app.command()
+def report(
+    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...")],
+    out: Annotated[Path | None, typer.Option(help="the page; default: BUNDLE.html, or report.html for several")] = None,
+    compare: Annotated[bool, typer.Option(help="put the bundles side by side")] = False,
+    run: Annotated[bool, typer.Option(help="run every artifact that runs here, not the simulator alone")] = True,
+    per_node: Annotated[
+        list[str] | None, typer.Option("--per-node", help="compare each node on this backend (repeatable; slow)")
+    ] = None,
+) -> None:
+    """Write one HTML page over BUNDLEs and their results, that opens offline, and print its summary."""
+    from edgeforge.report.gather import gather
+    from edgeforge.report.page import render, summary
+
+    facts = [gather(bundle, run, per_node or (), _say) for bundle in bundles]
+    place = out or (
+        bundles[0].resolve().with_name(f"{bundles[0].resolve().name}.html")
+        if len(bundles) == 1
+        else Path("report.html")
+    )
+    place.write_text(render(facts, compare))
+    for one in facts:
+        columns, rows = summary(one)
+        _table(one.name, columns, rows)
+    print(f"report: {place}")
 
 
 @app.command()

@@ -36,7 +36,7 @@ from edgeforge.quantize.convert import convert
 from edgeforge.quantize.correct import correct_biases
 from edgeforge.quantize.keep import plan_from
 from edgeforge.recipe import Precision, Recipe
-from edgeforge.report import bundle_readme, quantization_report
+from edgeforge.report.text import bundle_readme, quantization_report
 from edgeforge.sim.evaluate import dequantize_outputs, quantize_feeds, run_float, simulate
 from edgeforge.sim.parity import sqnr_db
 from edgeforge.target import Target, load_target, read_yaml

@@ -43,10 +43,12 @@ class Artifact:
 
 
 class Backend(Protocol):
-    """``numerics``: the profile of its runtime (fixed.PROFILES), or "" for the target's own."""
+    """``numerics``: the profile of its runtime (fixed.PROFILES), or "" for the target's own. ``emulated``: what runs
+    here emulates the device, its times say nothing."""
 
     name: str
     numerics: str
+    emulated: bool
     summary: str
 
     def missing(self) -> str:
@@ -69,8 +71,11 @@ class Backend(Protocol):
         """Output codes of the artifact for input codes ``feeds`` (any batch), by value name of ``graph``."""
         ...
 
-    def opened(self, folder: Path, graph: Graph, target: Target) -> AbstractContextManager[Step]:
-        """The artifact, loaded once for many runs."""
+    def opened(
+        self, folder: Path, graph: Graph, target: Target, threads: int | None = None
+    ) -> AbstractContextManager[Step]:
+        """The artifact, loaded once for many runs. threads: None is the runtime's own choice; emulators take no notice
+        of it."""
         ...
 
 

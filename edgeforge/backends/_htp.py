@@ -14,6 +14,7 @@ from edgeforge.backends import Edit
 from edgeforge.errors import Reason
 from edgeforge.ir.graph import Graph, Node
 from edgeforge.ir.op import OPS
+from edgeforge.ir.rules import averages_apart, covers_image
 from edgeforge.ir.types import RANGE, QParams, TensorType, Value
 from edgeforge.target import Target
 
@@ -51,7 +52,7 @@ def prepare(graph: Graph, target: Target) -> tuple[Graph, tuple[Edit, ...]]:
     """The graph in forms that Hexagon computes in integers, and every change. Names of inputs and outputs stay; the new
     nodes carry no rounding constants (`with_profile` adds them)."""
     edits: list[Edit] = []
-    for step in (_split_silu, _layer_norm, _transpose):
+    for step in (_split_silu, _layer_norm, _average, _pad, _flat, _transpose):
         editor = _Editor(graph)
         for node in graph.nodes:
             step(editor, node)
@@ -96,6 +97,62 @@ def _layer_norm(e: _Editor, node: Node) -> None:
     e.put(replace(node, inputs=(node.inputs[0], gain_name, bias_name)))
 
 
+def _average(e: _Editor, node: Node) -> None:
+    """y = avg_pool(x)   =>   y = reduce_mean(x) where a window is the image, else a convolution by ones: depthwise
+    where HTP has that, dense and diagonal where not"""
+    if node.op != "avg_pool":
+        e.put(node)
+        return
+    n = e.graph.view(node)
+    if covers_image(n):
+        e.put(replace(node, op="reduce_mean", attrs={"axes": (2, 3), "keepdims": True}))
+        return
+    channels, kernel = n.shape(0)[1], node.attrs["kernel"]
+    groups = channels if averages_apart(n) else 1
+    q = QParams(np.full(channels, np.float32(1 / np.prod(kernel))), 0, axis=0)
+    ones = np.ones((channels, 1, *kernel), np.int8)
+    if groups == 1:
+        ones = ones * np.eye(channels, dtype=np.int8)[:, :, None, None]
+    w = e.const(f"{node.output}.ones", TensorType(ones.shape, "i8", q), ones)
+    attrs = {key: node.attrs[key] for key in ("stride", "pads")} | {"dilation": (1, 1), "groups": groups}
+    e.put(Node("conv2d", (node.inputs[0], w), node.output, attrs, node.source))
+    e.note(node, "written as a convolution", "HTP's average rounds twice, and reads beyond a padded edge")
+
+
+def _pad(e: _Editor, node: Node) -> None:
+    """y = conv2d(x), padded on the left   =>   p = pad(x); y = conv2d(p), for depthwise 5x5 with stride 2 at 16 bits"""
+    pads = node.attrs.get("pads", (0, 0, 0, 0))
+    if node.op != "conv2d" or not pads[1] or node.attrs["stride"] != (2, 2):
+        e.put(node)
+        return
+    (_, depth, *kernel), kind = e.values[node.inputs[1]].type.shape, e.graph.type(node.inputs[0])
+    if depth != 1 or kernel != [5, 5] or kind.dtype != "u16":
+        e.put(node)
+        return
+    batch, channels, height, width = kind.shape
+    top, left, bottom, right = pads
+    padded = replace(kind, shape=(batch, channels, height + top + bottom, width + left + right))
+    name = e.put(Node("pad", node.inputs[:1], f"{node.output}.padded", {"pads": pads}, node.source), padded)
+    e.put(replace(node, inputs=(name, *node.inputs[1:]), attrs=dict(node.attrs) | {"pads": (0, 0, 0, 0)}))
+    e.note(node, "padded by an op of its own", "HTP's kernel fills its left edge with a wrong low byte")
+
+
+def _flat(e: _Editor, node: Node) -> None:
+    """y = linear(x, w, b) of rank 3 and more   =>   the same on rows: reshape, linear, reshape
+
+    HTP's fully connected op takes a bias; a matrix product takes none, and an int32 addition is not offered."""
+    if node.op != "linear" or len(node.inputs) < 3 or len(e.graph.type(node.output).shape) == 2:
+        e.put(node)
+        return
+    x, y = (e.graph.type(name) for name in (node.inputs[0], node.output))
+    rows = (x.size // x.shape[-1],)
+    flat, out = (replace(kind, shape=(*rows, kind.shape[-1])) for kind in (x, y))
+    name = f"{node.output}.rows"
+    e.put(Node("reshape", node.inputs[:1], f"{name}.in", {"shape": flat.shape}, node.source), flat)
+    e.put(replace(node, inputs=(f"{name}.in", *node.inputs[1:]), output=name), out)
+    e.put(Node("reshape", (name,), node.output, {"shape": y.shape}, node.source))
+
+
 def _transpose(e: _Editor, node: Node) -> None:
     """y = transpose(x) of rank 3 from a graph input to a graph output   =>   the same at rank 4
 
@@ -112,17 +169,29 @@ def _transpose(e: _Editor, node: Node) -> None:
     e.put(Node("reshape", (moved,), node.output, {"shape": kind.shape}, node.source))
 
 
+def _is_wrong(node: Node, graph: Graph) -> bool:
+    x, shape = graph.type(node.inputs[0]), graph.type(node.inputs[1]).shape
+    small = x.dtype == "u8" and 2 <= node.attrs["groups"] == x.shape[1] <= 4
+    return small and shape[1:] == (1, 2, 2) and node.attrs["stride"] == (2, 2)
+
+
 def refusals(graph: Graph, target: Target) -> list[Reason]:
-    """Forms of matrix products that HTP rejects or computes wrongly."""
+    """Forms of products and convolutions that HTP rejects or computes wrongly."""
     reasons = []
     for node in graph.nodes:
         if OPS[node.op].numerics != "dot":
             continue
+        if node.op == "conv2d" and _is_wrong(node, graph):
+            why = "HTP computes 8-bit depthwise 2x2 convolutions of stride 2 wrongly for 2 to 4 channels"
+            reasons.append(Reason(node.source or node.output, node.op, why, "a dense convolution, or w8a16"))
         where, a, b = node.source or node.output, graph.type(node.inputs[0]), graph.type(node.inputs[1])
         assert b.q is not None
         if b.q.block is not None and a.dtype == "u8":
             why = "block-wise weights with 8-bit activations are not offered by HTP"
             reasons.append(Reason(where, node.op, why, "w4a16 with the same block, or per-channel w4a8"))
+        elif b.q.block is not None and len(node.inputs) > 2:
+            why = "block-wise weights with a bias are computed in float16 by HTP"
+            reasons.append(Reason(where, node.op, why, "per-channel w8a16, or no bias"))
         if node.op != "matmul":
             continue
         if (a.dtype, b.dtype, graph.type(node.output).dtype) == ("u8", "u16", "u8"):

@@ -35,6 +35,7 @@ WORKER = "edgeforge.backends._executorch_qnn_worker"
 class ExecutorchQnn:
     name = "executorch_qnn"
     numerics = ""
+    emulated = True
     summary = "ExecuTorch program with a context binary for the Hexagon NPU; runs on Qualcomm's HTP emulator"
 
     def missing(self) -> str:
@@ -72,7 +73,7 @@ class ExecutorchQnn:
             return run_in_child(self.name, WORKER, request, feeds, environment)
 
     @contextmanager
-    def opened(self, folder: Path, graph: Graph, target: Target) -> Iterator[Step]:
+    def opened(self, folder: Path, graph: Graph, target: Target, threads: int | None = None) -> Iterator[Step]:
         request = {"action": "serve", **_program(folder, graph)}
         with qnn_sdk() as environment, served(self.name, WORKER, request, environment) as answer:
 

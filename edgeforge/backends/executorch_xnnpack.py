@@ -43,6 +43,7 @@ def wrong_executorch() -> str:
 class ExecutorchXnnpack:
     name = "executorch_xnnpack"
     numerics = "xnnpack"
+    emulated = False
     summary = "ExecuTorch program with XNNPACK's int8 kernels; what has none is a float island"
 
     def missing(self) -> str:
@@ -79,10 +80,13 @@ class ExecutorchXnnpack:
             return in_batches(step, sizes, feeds)
 
     @contextmanager
-    def opened(self, folder: Path, graph: Graph, target: Target) -> Iterator[Step]:
+    def opened(self, folder: Path, graph: Graph, target: Target, threads: int | None = None) -> Iterator[Step]:
         with _quiet(self.name):
+            from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
             from executorch.runtime import Runtime
 
+            if threads is not None:
+                _unsafe_reset_threadpool(threads)
             # The program must outlive its method: the runtime keeps no reference.
             program = Runtime.get().load_program((folder / MODEL).read_bytes())
             method = program.load_method("forward")

@@ -27,6 +27,7 @@ OPTIONS = {"session.qdq_matmulnbits_accuracy_level": "1", "session.x64quantpreci
 class OnnxQdq:
     name = "onnx_qdq"
     numerics = "ort-cpu"
+    emulated = False
     summary = "QDQ model, opset 23, run by ONNX Runtime on the CPU"
 
     def missing(self) -> str:
@@ -53,16 +54,16 @@ class OnnxQdq:
             return in_batches(step, sizes, feeds)
 
     @contextmanager
-    def opened(self, folder: Path, graph: Graph, target: Target) -> Iterator[Step]:
-        session, outputs = self.session(folder / MODEL), list(graph.outputs)
+    def opened(self, folder: Path, graph: Graph, target: Target, threads: int | None = None) -> Iterator[Step]:
+        session, outputs = self.session(folder / MODEL, threads), list(graph.outputs)
         yield lambda feeds: dict(zip(outputs, session.run(outputs, dict(feeds)), strict=True))
 
-    def session(self, model: Path) -> Any:
+    def session(self, model: Path, threads: int | None = None) -> Any:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        options.intra_op_num_threads = min(4, os.cpu_count() or 1)
+        options.intra_op_num_threads = threads or min(4, os.cpu_count() or 1)
         for key, value in OPTIONS.items():
             options.add_session_config_entry(key, value)
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -35,6 +35,7 @@ OPTIONS = {"htp_graph_finalization_optimization_mode": "3"}
 class OrtQnn:
     name = "ort_qnn"
     numerics = ""
+    emulated = True
     summary = "context binary for the Hexagon NPU; runs on Qualcomm's HTP emulator (x86-64 Linux)"
 
     def missing(self) -> str:
@@ -68,7 +69,7 @@ class OrtQnn:
 
         assert target.soc is not None
         prepared, edits = self.prepare(graph, target)
-        files = write_onnx(to_onnx(prepared), folder / MODEL)
+        files = write_onnx(to_onnx(prepared, two_level=True), folder / MODEL)
         request = {"model": str(folder / MODEL), "context": str(folder / CONTEXT), "soc": target.soc.model}
         with tempfile.TemporaryDirectory(prefix="edgeforge-") as dump:
             in_child(self.name, WORKER, {"action": "compile", **request, "options": OPTIONS, "dump": dump})
@@ -83,7 +84,7 @@ class OrtQnn:
         return self._run(folder / CONTEXT, graph, target, feeds)
 
     @contextmanager
-    def opened(self, folder: Path, graph: Graph, target: Target) -> Iterator[Step]:
+    def opened(self, folder: Path, graph: Graph, target: Target, threads: int | None = None) -> Iterator[Step]:
         assert target.soc is not None
         request = {"model": str(folder / CONTEXT), "soc": target.soc.model, "options": OPTIONS}
         with served(self.name, WORKER, {"action": "serve", **request}) as step:
@@ -94,7 +95,7 @@ class OrtQnn:
         from edgeforge.dialects.onnx import to_onnx, write_onnx
 
         with tempfile.TemporaryDirectory(prefix="edgeforge-") as folder:
-            write_onnx(to_onnx(self.prepare(graph, target)[0]), Path(folder) / MODEL)
+            write_onnx(to_onnx(self.prepare(graph, target)[0], two_level=True), Path(folder) / MODEL)
             return self._run(Path(folder) / MODEL, graph, target, feeds)
 
     def _run(self, model: Path, graph: Graph, target: Target, feeds: Codes) -> dict[str, np.ndarray]:

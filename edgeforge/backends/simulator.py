@@ -19,6 +19,7 @@ from edgeforge.target import Target
 class Simulator:
     name = "simulator"
     numerics = ""
+    emulated = False
     summary = "EdgeForge's bit-exact evaluator"
 
     def missing(self) -> str:
@@ -38,7 +39,11 @@ class Simulator:
             return dict(step(feeds))
 
     @contextmanager
-    def opened(self, folder: Path, graph: Graph, target: Target) -> Iterator[Step]:
+    def opened(self, folder: Path, graph: Graph, target: Target, threads: int | None = None) -> Iterator[Step]:
+        import torch
+
+        if threads is not None:
+            torch.set_num_threads(threads)
         rounded = with_profile(graph, target.numerics)
         yield lambda feeds: simulate(rounded, feeds)
 

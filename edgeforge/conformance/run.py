@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,9 +14,12 @@ from edgeforge.backends import Backend, backend
 from edgeforge.conformance.cases import Case, make_case, precisions, prefix, union
 from edgeforge.conformance.child import Child
 from edgeforge.errors import BackendFailed, InvalidInput
+from edgeforge.ir.graph import Node
 from edgeforge.ir.op import OPS
 from edgeforge.ir.rules import RULES
+from edgeforge.ir.rules.htp_unary import MEASURED
 from edgeforge.ir.text import print_graph, tensors
+from edgeforge.measured import measure
 from edgeforge.quantize.convert import as_computed, with_profile
 from edgeforge.sim.evaluate import simulate
 from edgeforge.sim.parity import parity
@@ -100,7 +103,8 @@ def conformance(
                 cases = [replace(case, graph=as_computed(case.graph, target)) for case in cases]
             made = outcomes(chosen, child, target, cases)
             for key in part:
-                row = count([o for o in made if o.case.row == key], chosen.numerics or target.numerics, keep)
+                mine = [outcome for outcome in made if outcome.case.row == key]
+                row = count(with_rules(mine, chosen.numerics or target.numerics, forced), keep)
                 found.append(row)
                 say(_line(row))
     return found
@@ -115,8 +119,34 @@ def _line(row: Row) -> str:
     return text + (f"; refused: {row.refused}" if row.refused else "")
 
 
-def count(made: Sequence[Outcome], profile: str, keep: Path | None = None) -> Row:
-    """The row of outcomes of one op and precision, against the simulator under the rounding rules of ``profile``."""
+def with_rules(made: Sequence[Outcome], profile: str, target: Target | None) -> list[Outcome]:
+    """The cases that ran under the rounding rules of ``profile``; with the tables that an artifact for ``target`` would
+    hold in place of rules that are not exact."""
+    found = []
+    for start in range(0, len(made), BATCH):
+        part = [
+            replace(outcome, case=replace(outcome.case, graph=with_profile(outcome.case.graph, profile)))
+            for outcome in made[start : start + BATCH]
+        ]
+        ran = [outcome.case for outcome in part if outcome.codes is not None]
+        if target is not None and ran:
+            known = {node.output: node for node in measure(union(ran)[0], target)[0].nodes}
+            part = [replace(outcome, case=_with_tables(outcome.case, known)) for outcome in part]
+        found += part
+    return found
+
+
+def _with_tables(case: Case, known: Mapping[str, Node]) -> Case:
+    """``case`` with the rules and constants of the nodes of a `union` that it is part of."""
+    nodes = []
+    for node in case.graph.nodes:
+        same = known.get(prefix(case) + node.output, node)
+        nodes.append(replace(node, rule=same.rule, fixed=same.fixed))
+    return replace(case, graph=case.graph.rebuild(nodes))
+
+
+def count(made: Sequence[Outcome], keep: Path | None = None) -> Row:
+    """The row of outcomes of one op and precision, against the simulator under the rules that their graphs hold."""
     row = Row(*made[0].case.row)
     statuses: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
@@ -126,9 +156,8 @@ def count(made: Sequence[Outcome], profile: str, keep: Path | None = None) -> Ro
         if outcome.codes is None:
             reasons[outcome.refused] += 1
             continue
-        case = replace(case, graph=with_profile(case.graph, profile))
         expected = simulate(case.graph, case.feeds)[case.graph.outputs[0]]
-        statuses += Counter(RULES[node.rule].status for node in case.graph.nodes if node.rule and node.op == case.op)
+        statuses += Counter(_status(node) for node in case.graph.nodes if node.rule and node.op == case.op)
         identical, largest = parity(outcome.codes, expected)
         wrong = round((1 - identical) * expected.size)
         row.cases, row.integers = row.cases + 1, row.integers + expected.size
@@ -142,6 +171,10 @@ def count(made: Sequence[Outcome], profile: str, keep: Path | None = None) -> Ro
     row.rule = "bounded" if set(statuses) - known else "table" if "table" in statuses else "exact"
     row.refused = _summary(reasons, len(made)) if reasons else None
     return row
+
+
+def _status(node: Node) -> str:
+    return "table" if node.rule == MEASURED else RULES[node.rule].status
 
 
 def _summary(reasons: Counter[str], cases: int) -> str:

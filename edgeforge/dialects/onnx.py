@@ -17,7 +17,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from edgeforge import __version__
-from edgeforge.ir.fixed import clamp_codes
+from edgeforge.ir.fixed import channel_scale, clamp_codes
 from edgeforge.ir.graph import Graph, Node, NodeView
 from edgeforge.ir.op import OPS
 from edgeforge.ir.types import RANGE, QParams, TensorType
@@ -43,8 +43,8 @@ class _Emitter:
     """The ``g`` of the op table's ``onnx`` column. ``g(op_type, *names, **attributes)`` adds a float op and returns its
     result's name; a name of the graph among the inputs is dequantized first, once per node."""
 
-    def __init__(self, graph: Graph):
-        self.graph = graph
+    def __init__(self, graph: Graph, two_level: bool):
+        self.graph, self.two_level = graph, two_level
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.node: Node = graph.nodes[0]
@@ -163,18 +163,39 @@ class _Emitter:
         return self.add("DequantizeLinear", [codes, f"{codes}/scale", f"{codes}/zero"], result, result)
 
     def linear(self, n: NodeView, x: str, w: str, b: str | None) -> str:
-        """Gemm for [N, I]; for higher ranks MatMul with weights stored [I, O], then Add."""
-        if len(n.shape(0)) == 2 and n.q(1).block is None:
+        """Gemm for [N, I]; for higher ranks and block-wise weights MatMul with weights stored [I, O], then Add."""
+        q, kind, data = n.q(1), n.type(1), n.data(1)
+        assert data is not None
+        if len(n.shape(0)) == 2 and q.block is None:
             return self("Gemm", x, w, *([] if b is None else [b]), transB=1)
-        kind, data = n.type(1), n.data(1)
-        assert kind.q is not None and data is not None
-        q = kind.q if kind.q.block is None else QParams(kind.q.scale.T, 0, axis=0, block=kind.q.block)
-        stored = self.initialize(f"{w}/transposed", kind.dtype, data.T)
-        moved = TensorType(kind.shape[::-1], kind.dtype, q)
         self.resolve(x)
-        self.real[w] = self.dequantize(stored, w, moved, axis=0 if q.block is not None else 1)
+        if q.block is not None and self.two_level:
+            self.real[w] = self.two_levels(w, q, data)
+        else:
+            q = q if q.block is None else QParams(q.scale.T, 0, axis=0, block=q.block)
+            stored = self.initialize(f"{w}/transposed", kind.dtype, data.T)
+            moved = TensorType(kind.shape[::-1], kind.dtype, q)
+            self.real[w] = self.dequantize(stored, w, moved, axis=0 if q.block is not None else 1)
         y = self("MatMul", x, w)
         return y if b is None else self("Add", y, b)
+
+    def two_levels(self, w: str, q: QParams, codes: np.ndarray) -> str:
+        """Block-wise weights [O, I] as Qualcomm's provider reads its two-level encoding: real weights [I, O], quantized
+        by scales that are dequantized multiples of the channel's."""
+        step = channel_scale(q).astype(np.float32)
+        multiples = np.rint(q.scale / step[:, None])
+        scales = (multiples * step[:, None]).astype(np.float32)
+        self.initialize(f"{w}/real", "f32", (codes * np.repeat(scales, q.block or 1, axis=1)).T)
+        self.initialize(f"{w}/multiples", "u8", multiples.T)
+        self.initialize(f"{w}/step", "f32", step)
+        self.initialize(f"{w}/step_zero", "u8", np.zeros(len(step)))
+        self.initialize(f"{w}/scales", "f32", scales.T)
+        self.initialize(f"{w}/zeros", "i4", np.zeros(scales.T.shape, np.int8))
+        joined, narrow, real = (self.fresh(name) for name in ("scales", "codes", "weights"))
+        blocks = {"axis": 0, "block_size": q.block}
+        self.add("DequantizeLinear", [f"{w}/multiples", f"{w}/step", f"{w}/step_zero"], joined, joined, axis=1)
+        self.add("QuantizeLinear", [f"{w}/real", joined, f"{w}/zeros"], narrow, narrow, **blocks)
+        return self.add("DequantizeLinear", [narrow, f"{w}/scales", f"{w}/zeros"], real, real, **blocks)
 
 
 def _pack_int4(codes: np.ndarray) -> bytes:
@@ -185,10 +206,12 @@ def _pack_int4(codes: np.ndarray) -> bytes:
     return (nibbles[::2] | nibbles[1::2] << 4).tobytes()
 
 
-def to_onnx(graph: Graph) -> onnx.ModelProto:
-    """The QDQ model of an integer graph: uint8/uint16 codes (and int64 indices) in, codes out, fixed shapes."""
+def to_onnx(graph: Graph, two_level: bool = False) -> onnx.ModelProto:
+    """The QDQ model of an integer graph: uint8/uint16 codes (and int64 indices) in, codes out, fixed shapes.
+
+    two_level: block-wise weights in the form of `_Emitter.two_levels` (as float32) instead of int4 and block scales."""
     assert graph.level == "integer", graph.level
-    emitter = _Emitter(graph)
+    emitter = _Emitter(graph, two_level)
     for node in graph.nodes:
         emitter.emit(node)
     made = helper.make_graph(

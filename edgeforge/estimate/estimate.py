@@ -10,10 +10,10 @@ from edgeforge.errors import InvalidInput
 from edgeforge.estimate import decoder as llm
 from edgeforge.estimate.energy import UNCERTAINTY as ENERGY_UNCERTAINTY
 from edgeforge.estimate.energy import Energy, energy
-from edgeforge.estimate.latency import layer_precision, times
+from edgeforge.estimate.latency import chip_rates, layer_precision, times
 from edgeforge.estimate.memory import arena_bytes, peak_mb
 from edgeforge.estimate.program import Program
-from edgeforge.estimate.work import GROUPS, PRECISIONS, TERMS, VTCM_BYTES
+from edgeforge.estimate.work import GROUPS, PRECISIONS, VTCM_BYTES
 from edgeforge.target import Latency, Target
 
 NOTE = "estimated, not measured"
@@ -98,21 +98,6 @@ def priced(target: Target) -> Latency:
     return target.latency
 
 
-def rates_of(latency: Latency) -> dict[str, dict[str, float]]:
-    """precision -> term -> microseconds per unit on this chip."""
-    of = {part: latency.factors.get(part, {}) for part in ("all", "group", "precision", "term")}
-    group_of = {term: group for group, terms in GROUPS.items() for term in terms}
-
-    def factor(precision: str, term: str) -> float:
-        keys = {"all": "all", "group": group_of[term], "precision": precision, "term": term}
-        found = 1.0
-        for part, key in keys.items():
-            found *= of[part].get(key, 1.0)
-        return found
-
-    return {name: {term: rate[term] * factor(name, term) for term in TERMS} for name, rate in latency.rates.items()}
-
-
 def interval(latency: Latency) -> tuple[float, bool, tuple[str, ...]]:
     """Factor of the 80 % interval, whether the chip is calibrated, and what to say about it."""
     if not latency.factors:
@@ -141,7 +126,7 @@ def estimate_program(program: Program, target: Target, precision: str, elsewhere
     chosen = PRECISIONS[offered(target, precision)]
     if not program.layers:
         raise InvalidInput(f"{program.name} has no operations to estimate")
-    parts = times(program, chosen, rates_of(latency))
+    parts = times(program, chosen, chip_rates(latency.rates, latency.factors))
     total = sum(part.us for part in parts)
     factor, calibrated, notes = interval(latency)
     if elsewhere is not None:

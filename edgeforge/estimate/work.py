@@ -92,7 +92,12 @@ class Layout:
         shape = self.shapes[name]
         axis = self.axis.get(name, len(shape) - 1)
         size = math.prod(shape)
-        return size // max(shape[axis], 1) * up(shape[axis], TILE_DEPTH) if shape else 1
+        return size // max(shape[axis], 1) * up(shape[axis], TILE_DEPTH if shape[axis] > 4 else 4) if shape else 1
+
+    def tiled(self, name: str) -> int:
+        shape = self.shapes[name]
+        axis = self.axis.get(name, len(shape) - 1)
+        return math.prod(shape) // max(shape[axis], 1) * up(shape[axis], TILE_DEPTH) if shape else 1
 
     def follow(self, layer: Layer) -> str:
         """Set the output's axis; for moves returns "free", "permute" or "relayout"."""
@@ -152,8 +157,8 @@ def works(program: Program, precision: Precision) -> list[Work]:
         work.moved_bytes = sum(layout.padded(name) for name in {*layer.inputs, layer.output}) * bits / 8
         if work.moved_bytes > VTCM_BYTES:
             work.amounts["spill"] = work.moved_bytes / 1e3
-    out[0].amounts |= {"graph": 1.0, "input": sum(program.size(name) for name in program.inputs) / 1e3}
-    out[-1].amounts["output"] = sum(program.size(name) for name in program.outputs) / 1e3
+    out[0].amounts |= {"graph": 1.0, "input": sum(layout.tiled(name) for name in program.inputs) / 1e3}
+    out[-1].amounts["output"] = sum(layout.tiled(name) for name in program.outputs) / 1e3
     return out
 
 
@@ -243,7 +248,7 @@ def _padded_macs(layer: Layer, shape: Shape) -> float:
     area = shape[0] * math.prod(spatial)
     if a["fan_in"] == 1 and groups > 1:
         # A vector unit: larger windows reuse what was loaded.
-        return area * (min(window, 9) + 0.3 * max(window - 9, 0)) * up(shape[1], TILE_DEPTH)
+        return area * window * up(shape[1], TILE_DEPTH)
     if groups > 1:
         return area * window * up(shape[1], TILE_DEPTH) * up(a["fan_in"], TILE_DEPTH)
     fan_in = up(a["fan_in"], 4) if a["fan_in"] <= 4 else up(a["fan_in"], TILE_DEPTH)

@@ -130,7 +130,7 @@ def htp16(high_sums, low_sums, row, column, base, carry, left, right, mult, zero
 
 @compiled
 def multiply_shift(sums, row, column, base, shift, mult, half, low, high, codes):
-    """``((acc + base) * mult + half) >> shift`` of sums [planes, R, C]: of whole codes, or of their high and low bytes."""
+    """``((acc + base) * mult + half) >> shift`` of sums [planes, R, C]: of codes, or of their high and low bytes."""
     width, planes = sums.shape[2], sums.shape[0]
     b, s, m = base[column : column + width], shift[column : column + width], mult[column : column + width]
     h = half[column : column + width]

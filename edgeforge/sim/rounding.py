@@ -78,7 +78,7 @@ def finish(n: NodeView, channels: int, lowered: int) -> Finish:
 def _fits(n: NodeView, planes: int) -> bool:
     """Whether a compiled loop covers the node: the width of input codes that its rule is made for, and its shifts."""
     shift = np.asarray(n.fixed["shift"])
-    if n.node.rule == "htp_dw2":
+    if n.node.rule == "htp_depthwise_2":
         return bool(shift.min() >= 0 and shift.max() < 63)
     if planes != (2 if RULES[n.node.rule].bytewise else 1):
         return False
@@ -135,7 +135,7 @@ def _htp16(n: NodeView, channels: int) -> Loop:
     return loop
 
 
-def _htp_dw2(n: NodeView, channels: int) -> Loop:
+def _htp_depthwise_2(n: NodeView, channels: int) -> Loop:
     shift, mult, offset, half = (
         _spread(n.fixed[key], channels, np.int64) for key in ("shift", "mult", "offset", "half")
     )
@@ -162,7 +162,7 @@ def _fp32(n: NodeView, channels: int) -> Loop:
 _LOOPS: dict[str, Callable[[NodeView, int], Loop]] = {
     "htp8": _htp8,
     "htp8_v68": _htp8_v68,
-    "htp_dw2": _htp_dw2,
+    "htp_depthwise_2": _htp_depthwise_2,
     "htp16": _htp16,
     "htp16_v68": _htp16,
     "fp32": _fp32,

@@ -3,11 +3,13 @@ uses for which op."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
 from edgeforge.ir.fixed import Rule
 from edgeforge.ir.graph import NodeView
+from edgeforge.ir.op import OPS
 from edgeforge.ir.rules.exact import Profile
 
 RULES: dict[str, Rule] = {}
@@ -24,25 +26,46 @@ for _file in sorted(Path(__file__).parent.glob("[a-z]*.py")):
 
 
 def rule_of(profile: str, family: str, n: NodeView) -> Rule:
-    """The rule by which a runtime rounds a node. An entry of the node's op goes before that of its family."""
+    """The rule by which a runtime rounds a node: that of the most special kind of node that its profile knows."""
     dot = family == "dot"
     activations = {n.type(i).dtype for i in range(1 if dot else n.arity)} | (set() if dot else {n.out.dtype})
     widths = PROFILES[profile]
     table = widths["u16"] if "u16" in activations else widths["u8"]
-    if len(activations) > 1:
-        table = widths.get("mixed", table)
-    if "dot_dw2" in table and _is_depthwise_stride_2(n):
-        return RULES[table["dot_dw2"]]
-    if "softmax_short" in table and n.node.op == "softmax" and n.shape(0)[n["axis"]] < 3:
-        return RULES[table["softmax_short"]]
-    if dot and "dot_i4" in table and n.type(1).dtype == "i4":
-        return RULES[table["dot_i4"]]
-    return RULES[table.get(n.node.op, table[family])]
+    return RULES[next(table[kind] for kind in (*_kinds(n), n.node.op, family) if kind in table)]
+
+
+def _kinds(n: NodeView) -> Iterator[str]:
+    """What a runtime may have a kernel of its own for."""
+    if _is_depthwise_stride_2(n):
+        yield "depthwise_2"
+    if n.node.op == "softmax" and n.shape(0)[n["axis"]] < 3:
+        yield "softmax_short"
+    if n.node.op == "avg_pool" and not covers_image(n):
+        yield "window"
+    if n.node.op == "reduce_mean" and (n["axes"] != (2, 3) or not n["keepdims"]) and n.shape(0)[-1] != n.out.shape[-1]:
+        yield "mean_last"
+    if OPS[n.node.op].numerics == "dot" and n.type(1).dtype == "i4":
+        yield "dot_i4"
+
+
+def covers_image(n: NodeView) -> bool:
+    """Whether a pooling window is the whole image."""
+    return n["kernel"] == n.shape(0)[2:] and not any(n["pads"])
+
+
+def averages_apart(n: NodeView) -> bool:
+    """Whether Hexagon averages as a depthwise convolution: those of strides above 4 it refuses, those of 2 to 4
+    channels it computes wrongly."""
+    return n.shape(0)[1] > 4 and max(n["stride"]) <= 4
 
 
 def _is_depthwise_stride_2(n: NodeView) -> bool:
     """Whether Hexagon has its own kernel: for sides of 3 to 7, but not of 4 at 16 bits."""
-    if n.node.op != "conv2d" or n["stride"] != (2, 2) or not 1 < n["groups"] == n.shape(0)[1] == n.shape(1)[0]:
+    if n.node.op not in ("conv2d", "avg_pool") or n["stride"] != (2, 2):
         return False
-    sides = n.shape(1)[2:]
-    return 3 <= min(sides) and max(sides) <= 7 and not (n.type(0).dtype == "u16" and 4 in sides)
+    channels, sides = n.shape(0)[1], n["kernel"] if "kernel" in n.attrs else n.shape(1)[2:]
+    if n.node.op == "avg_pool" and covers_image(n):
+        return False
+    alone = averages_apart(n) if n.node.op == "avg_pool" else n["groups"] == channels == n.out.shape[1]
+    fits = min(sides) >= 3 and max(sides) <= 7 and not (n.type(0).dtype == "u16" and 4 in sides)
+    return alone and fits and channels > 1

@@ -48,8 +48,8 @@ def _rounded_bias(n: NodeView) -> Constants:
 
 
 def htp_ratio(n: NodeView) -> Array:
-    """float32 ((s_x * max s_w) / s_y) * (s_w / max s_w), as float64 [C] or [1]."""
-    scales = f32(channel_scale(n.q(1)).reshape(-1))
+    """float32 ((s_x * max s_w) / s_y) * (s_w / max s_w), as float64 [C] or [1]. The weights of an average are 1."""
+    scales = f32([1 / np.prod(n["kernel"])] if "kernel" in n.attrs else channel_scale(n.q(1)).reshape(-1))
     widest = scales.max()
     tensor = f32(f32(n.q(0).scale * widest) / n.q(-1).scale)
     return f32(tensor * f32(scales / widest)).astype(np.float64)
@@ -88,7 +88,7 @@ def _apply_htp8_v68(n: NodeView, acc: Array) -> Array:
     return saturate(n, code - n.q(-1).zero)
 
 
-def _derive_dw2(n: NodeView) -> Constants:
+def _derive_depthwise_2(n: NodeView) -> Constants:
     """``half``: what rounds a channel, which does without where all 32 channels of its vector have s > 1/2."""
     s = htp_ratio(n)
     exponent = ceil_log2(s)
@@ -101,7 +101,7 @@ def _derive_dw2(n: NodeView) -> Constants:
     return with_range(n, mult=mult, shift=shift, offset=zero, half=half, **_rounded_bias(n))
 
 
-def _apply_dw2(n: NodeView, acc: Array) -> Array:
+def _apply_depthwise_2(n: NodeView, acc: Array) -> Array:
     """Depthwise convolution with stride 2, another kernel, for both widths of codes: the whole accumulator, a 15-bit
     multiplier, the zero point inside: ``((acc + offset) * mult + half) >> shift``."""
     mult, shift, offset, half = (along_channel(n, n.fixed[key]) for key in ("mult", "shift", "offset", "half"))
@@ -126,9 +126,15 @@ def join_bytes(high: Array, low: Array, offset: Array) -> Array:
     return high + (low >> 8) - ((offset + 128) >> 8)
 
 
+def _apply_window16(n: NodeView, total: Array) -> Array:
+    """``total``, the sum of (code - zero point), as a sum of weights 1 comes out of `join_bytes`."""
+    offset = int(np.prod(n["kernel"])) * n.zero(0)
+    return _apply_htp16(n, ((total + offset) >> 8) - ((offset + 128) >> 8))
+
+
 def _derive_htp_mean(n: NodeView) -> Constants:
     """``half``: half a step, and at 16 bits the highest bit of the number of elements."""
-    count = int(np.prod(n["kernel"])) if "kernel" in n.attrs else n.type(0).size // n.out.size
+    count = n.type(0).size // n.out.size
     fraction, exponent = np.frexp(float(n.q(0).scale) / float(n.q(-1).scale) / count)
     shift = 15 - int(exponent)
     half = (1 << shift >> 1 if shift > 0 else 0) + (1 << count.bit_length() - 1 if n.type(0).dtype == "u16" else 0)
@@ -140,13 +146,35 @@ def _apply_htp_mean(n: NodeView, total: Array) -> Array:
     return saturate(n, shift_right(total * n.fixed["mult"] + n.fixed["half"], n.fixed["shift"]))
 
 
+def _derive_mean_last(n: NodeView) -> Constants:
+    """``half``: what is added before the shift: at 16 bits a whole step where s < 1/2; at 8 bits one step and a half
+    where it is not."""
+    count = n.type(0).size // n.out.size
+    fraction, exponent = np.frexp(float(n.q(0).scale) / float(n.q(-1).scale) / count)
+    shift = 15 - int(exponent)
+    half = 1 << shift >> 1 if shift > 0 else 0
+    if n.type(0).dtype == "u16":
+        mult, half = int(np.rint(fraction * 2**16)) >> 1, half << int(exponent < 0)
+    else:
+        mult, half = int(fraction * 2**15), half + (1 << shift if shift > 0 and exponent >= 0 else 0)
+    return with_range(n, mult=mult, shift=shift, half=half)
+
+
+def _apply_mean_last(n: NodeView, total: Array) -> Array:
+    """As `_apply_htp_mean`, but that 8-bit ties go toward the zero point."""
+    half = n.fixed["half"] - ((total > 0) if n.type(0).dtype == "u8" else 0)
+    return saturate(n, shift_right(total * n.fixed["mult"] + half, n.fixed["shift"]))
+
+
 _EXACT8 = {
     "dot": "htp8",
-    "dot_dw2": "htp_dw2",
+    "depthwise_2": "htp_depthwise_2",
+    "window": "htp8",
     "add": "htp_sum",
     "sub": "htp_sum",
     "mul": "htp_product",
     "mean": "htp_mean",
+    "mean_last": "htp_mean_last",
     "requantize": "htp_requantize",
     "table": "htp_table",
 }
@@ -154,28 +182,31 @@ _EXACT8 = {
 RULES = (
     Rule("htp8", _derive_htp8, _apply_htp8, "exact"),
     Rule("htp8_v68", _derive_htp8_v68, _apply_htp8_v68, "exact"),
-    Rule("htp_dw2", _derive_dw2, _apply_dw2, "exact"),
+    Rule("htp_depthwise_2", _derive_depthwise_2, _apply_depthwise_2, "exact"),
     Rule("htp16", _derive_htp16, _apply_htp16, "exact", bytewise=True),
     Rule("htp16_v68", _derive_htp16, _apply_htp16, "bounded", "v73's rule: 20 % identical, 30 LSB", bytewise=True),
+    Rule("htp_window16", _derive_htp16, _apply_window16, "exact"),
     Rule("htp_mean", _derive_htp_mean, _apply_htp_mean, "exact"),
+    Rule("htp_mean_last", _derive_mean_last, _apply_mean_last, "bounded", "98 % identical, at most 3 LSB"),
 )
 _EXACT16 = {
     "dot": "htp16",
-    "dot_dw2": "htp_dw2",
+    "depthwise_2": "htp_depthwise_2",
+    "window": "htp_window16",
     "add": "htp_sum16",
     "sub": "htp_sum16",
     "mul": "htp_product16",
     "mean": "htp_mean",
+    "mean_last": "htp_mean_last",
     "requantize": "htp_requantize16",
 }
 PROFILES: dict[str, Profile] = {
     "htp-v73": {
         "u8": {**EXACT_VALUE, **_EXACT8, **NORMS["u8"]},
         "u16": {**EXACT_VALUE, **_EXACT16, **NORMS["u16"]},
-        "mixed": {**EXACT_VALUE, **_EXACT16, **NORMS["u16"]},
     },
     "htp-v68": {
-        "u8": {**EXACT_VALUE, **_EXACT8, "dot": "htp8_v68"},
+        "u8": {**EXACT_VALUE, **_EXACT8, "dot": "htp8_v68", "window": "htp8_v68"},
         "u16": {**EXACT_VALUE, **_EXACT16, "dot": "htp16_v68"},
     },
 }

@@ -71,7 +71,7 @@ RULES = (
 )
 PROFILES: dict[str, Profile] = {
     "htp-v73": {
-        "u8": dict.fromkeys(("hardsigmoid", "neg", "reciprocal", "rsqrt", "sqrt"), "table"),
+        "u8": dict.fromkeys(("hardsigmoid", "neg", "reciprocal", "rsqrt", "sigmoid", "sqrt", "tanh"), "table"),
         "u16": dict.fromkeys(("clip", "neg", "relu"), "htp_affine16"),
     },
 }
