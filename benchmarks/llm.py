@@ -31,7 +31,7 @@ PRECISIONS = ("w8a8", "w4a16-b32")
 PROMPTS = ("Once upon a time", "Lily and Tom went to the park.", "One day, a little cat")
 TOKENS = 64
 #: Context of the one window that artifacts are scored on; the emulator takes about 0.2 s per token.
-FEW = 128
+FEW = 64
 STORIES = slice(600, 640)
 
 
