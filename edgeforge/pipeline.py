@@ -52,6 +52,8 @@ def load(name: str) -> Model:
     from dataclasses import replace
 
     model = load_model(name)
+    if model.language is not None:
+        return model
     return replace(model, imported=replace(model.imported, graph=optimize(model.imported.graph)))
 
 

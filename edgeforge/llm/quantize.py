@@ -99,10 +99,12 @@ def quantize_language(
     steps = Steps(language, [s for s in sequences if len(s) >= chunk][: recipe.calibration.samples], chunk, context)
     how, widths = recipe.calibration, bits(whole, recipe, target)
     ranges = within_masks(whole, calibrate(whole, steps, how.method, widths, how.percentile))
-    parts = {}
+    parts: dict[str, Part] = {}
     for name, tokens in (("prefill", chunk), ("decode", 1)):
         real = language.graph(f"{language.name}-{name}", tokens, context, last_only=True)
-        parts[name] = Part(real, convert(real, assign(real, ranges, recipe, target), target, recipe.weights))
+        plan, first = assign(real, ranges, recipe, target), parts.get("prefill")
+        made = convert(real, plan, target, recipe.weights, first and first.graph)
+        parts[name] = Part(real, made)
     decode, measured = measure(parts["decode"].graph, target)
     known = decode.producers()
     prefill = parts["prefill"].graph
