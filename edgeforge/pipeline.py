@@ -21,6 +21,7 @@ from edgeforge.bundle import (
     write_manifest,
     writing,
 )
+from edgeforge.compress import compress
 from edgeforge.data import Dataset, load_data
 from edgeforge.errors import InvalidInput, Reason, Unsupported
 from edgeforge.ir.graph import Graph
@@ -74,6 +75,7 @@ def quantize(model: Model, recipe: Recipe, target: Target, data: Dataset, requan
     if model.imported.encodings and not requantize:
         return convert(graph, plan_from(model.imported, recipe, target), target)
     samples = data.head(recipe.calibration.samples)
+    graph = compress(graph, recipe, target, samples)
     bits = 16 if Precision(recipe.precision).activations == "u16" else 8
     ranges = calibrate(
         graph, _Batches(samples), recipe.calibration.method, lambda name: bits, recipe.calibration.percentile
