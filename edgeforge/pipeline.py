@@ -21,6 +21,7 @@ from edgeforge.bundle import (
     write_manifest,
     writing,
 )
+from edgeforge.compress import compress
 from edgeforge.data import Dataset, load_data
 from edgeforge.errors import InvalidInput, Reason, Unsupported
 from edgeforge.ir.graph import Graph
@@ -77,6 +78,7 @@ def quantize(model: Model, recipe: Recipe, target: Target, data: Dataset, requan
     graph = model.imported.graph
     if model.imported.encodings and not requantize:
         return convert(graph, plan_from(model.imported, recipe, target), target)
+    graph = compress(graph, recipe, target, data.head(recipe.calibration.samples))
     plan = assign(graph, ranges_of(graph, recipe, data, bits(graph, recipe, target)), recipe, target)
     quantized = convert(graph, plan, target, recipe.weights)
     if recipe.bias_correction:
