@@ -16,7 +16,8 @@ demo: .venv/ready
 	$(BIN)/edgeforge export tinylm --target snapdragon-8-gen-3 --calibration embedded --out $(DEMO)/tinylm
 	$(BIN)/edgeforge validate $(DEMO)/tinylm
 	$(BIN)/edgeforge generate $(DEMO)/tinylm --prompt "Once upon a time" --max-tokens 40
-	@echo "reports: $(DEMO)/digits/report.md $(DEMO)/tinylm/report.md"
+	EDGEFORGE_RESULTS=$(DEMO)/results.sqlite $(BIN)/edgeforge bench $(DEMO)/digits
+	$(BIN)/edgeforge report $(DEMO)/digits $(DEMO)/tinylm --compare --no-run --out $(DEMO)/report.html
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n auto

@@ -197,7 +197,7 @@ def quantized(case: Case) -> tuple[Graph, nn.Module, tuple[Tensor, ...]]:
     target = load_target(TARGET)
     feeds = dict(zip(graph.inputs, (x.contiguous().numpy() for x in inputs), strict=True))
     plan = assign(graph, calibrate(graph, [feeds]), case.recipe, target)
-    return convert(graph, plan, target.numerics), module, inputs
+    return convert(graph, plan, target), module, inputs
 
 
 def measure(case: Case, rounds: int, emulator: bool, say: Callable[[str], None]) -> list[Row]:

@@ -70,6 +70,25 @@ class FigureRecord(Closed):
     source: str
 
 
+class LanguageRecord(Closed):
+    """What a runner of a language model must know. The bundle's own graph is "decode" (one token); "prefill" takes
+    ``chunk`` tokens. windows: of the mask inputs, None for all positions. prompt, greedy: a golden generation,
+    the token ids that the simulator's integers give behind the prompt, always taking the likeliest."""
+
+    context: int
+    chunk: int
+    windows: tuple[int | None, ...]
+    bos: int | None
+    stop: tuple[int, ...]
+    tokenizer: str
+    chat_template: str | None
+    prompt: tuple[int, ...]
+    greedy: tuple[int, ...]
+    prefill_hash: str
+    prefill_inputs: tuple[Port, ...]
+    prefill_outputs: tuple[Port, ...]
+
+
 class Manifest(Closed):
     """manifest.json. ``calibrated`` is False when ranges came from random data. ``exceptions`` lists every activation
     whose width is not the precision's. ``notes`` say which rounding rules were measured, and how."""
@@ -86,6 +105,7 @@ class Manifest(Closed):
     outputs: tuple[Port, ...]
     exceptions: dict[str, str]
     notes: tuple[str, ...] = ()
+    language: LanguageRecord | None = None
     backends: dict[str, BackendRecord]
     figures: tuple[FigureRecord, ...]
     tools: dict[str, str]
@@ -95,7 +115,8 @@ class Manifest(Closed):
 @dataclass(frozen=True)
 class Bundle:
     """A bundle on disk, verified. ``golden``: per input ``input/<name>`` codes and ``real/<name>`` values, per
-    output ``float/<name>`` (float model) and ``output/<name>`` (the simulator's integers)."""
+    output ``float/<name>`` (float model) and ``output/<name>`` (the simulator's integers). part, prefill: of a language
+    model, see `parts`."""
 
     path: Path
     manifest: Manifest
@@ -103,12 +124,19 @@ class Bundle:
     recipe: Recipe
     target: Target
     golden: Mapping[str, np.ndarray]
+    part: str = ""
+    prefill: Bundle | None = None
+
+    @property
+    def parts(self) -> tuple[Bundle, ...]:
+        """The bundle's graphs, each as a bundle: itself, or of a language model "prefill" and "decode"."""
+        return (self,) if self.prefill is None else (self.prefill, self)
 
     def golden_part(self, part: str) -> dict[str, np.ndarray]:
         return {key.split("/", 1)[1]: array for key, array in self.golden.items() if key.startswith(f"{part}/")}
 
     def artifact(self, backend: str) -> Path:
-        return self.path / "artifacts" / backend
+        return self.path / "artifacts" / backend / self.part
 
 
 def port(name: str, kind: TensorType) -> Port:
@@ -155,10 +183,23 @@ def writing(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_core(folder: Path, graph: Graph, recipe: Recipe, target: Target, golden: Mapping[str, np.ndarray]) -> None:
-    """Graph, recipe, target and golden vectors; artifacts and manifest follow."""
+def write_core(
+    folder: Path,
+    graph: Graph,
+    recipe: Recipe,
+    target: Target,
+    golden: Mapping[str, np.ndarray],
+    prefill: Graph | None = None,
+) -> None:
+    """Graphs, recipe, target and golden vectors; artifacts and manifest follow. ``prefill`` shares the constants."""
+    arrays = tensors(graph)
     (folder / "graph.txt").write_text(print_graph(graph))
-    save_arrays(folder / "graph.safetensors", tensors(graph))
+    if prefill is not None:
+        more = tensors(prefill)
+        assert all(np.array_equal(arrays[name], more[name]) for name in arrays.keys() & more.keys())
+        arrays |= more
+        (folder / "prefill.txt").write_text(print_graph(prefill))
+    save_arrays(folder / "graph.safetensors", arrays)
     save_arrays(folder / "golden.safetensors", golden)
     for name, model in (("recipe.yaml", recipe), ("target.yaml", target)):
         (folder / name).write_text(yaml.safe_dump(model.model_dump(mode="json"), sort_keys=False))
@@ -212,11 +253,22 @@ def load_bundle(path: Path) -> Bundle:
             raise InvalidInput(
                 f"bundle {path}: {name} is not the file that was written (sha256 differs) -> export again"
             )
-    graph = verify(parse_graph((path / "graph.txt").read_text(), load_arrays(path / "graph.safetensors")))
-    if graph.hash() != manifest.graph_hash:
-        raise InvalidInput(f"bundle {path}: graph.txt is not the graph of the manifest -> export again")
+    arrays, golden = load_arrays(path / "graph.safetensors"), load_arrays(path / "golden.safetensors")
+    graph = _read_graph(path / "graph.txt", arrays, manifest.graph_hash)
     recipe, target = read_yaml(path / "recipe.yaml", Recipe), read_yaml(path / "target.yaml", Target)
-    return Bundle(path, manifest, graph, recipe, target, load_arrays(path / "golden.safetensors"))
+    if manifest.language is None:
+        return Bundle(path, manifest, graph, recipe, target, golden)
+    first = _read_graph(path / "prefill.txt", arrays, manifest.language.prefill_hash)
+    own = {key.partition("/")[2]: array for key, array in golden.items() if key.startswith("prefill/")}
+    prefill = Bundle(path, manifest, first, recipe, target, own, "prefill")
+    return Bundle(path, manifest, graph, recipe, target, golden, "decode", prefill)
+
+
+def _read_graph(file: Path, arrays: dict[str, np.ndarray], expected: str) -> Graph:
+    graph = verify(parse_graph(file.read_text(), arrays))
+    if graph.hash() != expected:
+        raise InvalidInput(f"bundle {file.parent}: {file.name} is not the graph of the manifest -> export again")
+    return graph
 
 
 def _read_manifest(path: Path) -> Manifest:

@@ -89,12 +89,15 @@ def validate(
     if per_node:
         _validate_nodes(opened, backend or (), samples or 1, as_json)
         return
+    if data and opened.prefill is not None:
+        raise InvalidInput(f"{bundle} is a language model: data are for eval -> edgeforge eval --text FILE")
     source = load(model) if model else None
     found = find_data(data, "heldout", source, opened.graph, opened.recipe, bundle) if data else None
     found = found.head(samples) if found is not None and samples else found
     results = run(opened, found, source.imported.graph if source else None, tuple(backend or ()), _say)
     if as_json:
-        _print({"artifacts": [{k: v for k, v in dataclasses.asdict(r).items() if k != "misses"} for r in results]})
+        unsaid = {"misses"} if opened.prefill is not None else {"misses", "part"}
+        _print({"artifacts": [{k: v for k, v in dataclasses.asdict(r).items() if k not in unsaid} for r in results]})
     else:
         columns = ["backend", "ran", "identical", "max LSB", "SQNR dB", "cosine", "metric", "float", "flips", "source"]
         rows = []
@@ -103,7 +106,7 @@ def validate(
             flips = f"-{metric['lost']} +{metric['gained']}" if "lost" in metric else None
             how = r.source if r.ran else r.reason
             figures = [r.identical, r.max_lsb, r.sqnr_db, r.cosine, metric["value"], metric["float"], flips]
-            rows.append([r.backend, "yes" if r.ran else "no", *figures, how])
+            rows.append([f"{r.backend} {r.part}".rstrip(), "yes" if r.ran else "no", *figures, how])
         _table(f"{opened.manifest.model} {opened.manifest.precision}", columns, rows)
     for result in results:
         for miss in result.misses:
@@ -116,7 +119,11 @@ def _validate_nodes(bundle: Any, names: Any, samples: int, as_json: bool) -> Non
     from edgeforge.validate import validate_nodes
 
     built = [name for name, r in bundle.manifest.backends.items() if r.status == "built" and name != "simulator"]
-    found = {name: validate_nodes(bundle, name, samples, _say) for name in names or built}
+    found = {
+        f"{name} {part.part}".rstrip(): validate_nodes(part, name, samples, _say)
+        for part in bundle.parts
+        for name in names or built
+    }
     if as_json:
         _print({"nodes": {name: [dataclasses.asdict(node) for node in nodes] for name, nodes in found.items()}})
         return
@@ -127,32 +134,170 @@ def _validate_nodes(bundle: Any, names: Any, samples: int, as_json: bool) -> Non
 
 
 @app.command()
+def tune(
+    model: str,
+    target: Annotated[str, typer.Option(help="a name of `edgeforge targets`, or a YAML file")],
+    calibration: Annotated[str, typer.Option(help="as for export")],
+    out: Annotated[Path, typer.Option(help="the recipe to write")],
+    data: Annotated[str | None, typer.Option(help="samples to judge by; default: the calibration's")] = None,
+    samples: Annotated[int, typer.Option(help="how many of them")] = 16,
+    max_drop: Annotated[str, typer.Option(help="allowed loss of the metric, such as 1%")] = "1%",
+    budget_ms: Annotated[float | None, typer.Option(help="most milliseconds, as estimated")] = None,
+    budget_mb: Annotated[float | None, typer.Option(help="most megabytes of constants")] = None,
+    precision: Annotated[str | None, typer.Option(help="where to start")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="recipe to start from")] = None,
+    set: Annotated[list[str] | None, typer.Option("--set", help="recipe entry, a.b=value (repeatable)")] = None,
+    as_json: Json = False,
+) -> None:
+    """Find the few nodes of MODEL that need more bits, and write the recipe. Exit code 1: no recipe within the budget
+    keeps to --max-drop."""
+    from edgeforge.pipeline import find_data, load, read_recipe
+    from edgeforge.target import load_target
+    from edgeforge.tune import document, trail
+    from edgeforge.tune import tune as run
+
+    share = max_drop.strip()
+    try:
+        allowed = float(share.removesuffix("%")) / (100 if share.endswith("%") else 1)
+    except ValueError:
+        raise InvalidInput(f"--max-drop {max_drop!r} is no share -> 1% or 0.01") from None
+    chip, opened = load_target(target), load(model)
+    if opened.language is not None or opened.imported.encodings:
+        raise InvalidInput(f"{model}: tune takes models of one float graph -> a torch, ONNX or embedded model")
+    graph, start = opened.imported.graph, read_recipe(opened, recipe, precision, set or ())
+    base = opened.base if recipe is None else recipe.parent
+    learned = find_data(calibration, "calibration", opened, graph, start, base)
+    judged = find_data(data, "heldout", opened, graph, start, base) if data else learned
+    found = run(graph, start, chip, learned, judged.head(samples), allowed, budget_ms, budget_mb, _say)
+    out.write_text(trail(found))
+    if as_json:
+        _print(document(found))
+    else:
+        rows = [
+            [f.move.node, f.move.op, f.move.what, f"{f.benefit:.3g}", f"{f.cost:.3g}", f.weight_peak, f.input_peak,
+             "yes" if f.move in found.promoted else ""]
+            for f in found.findings[:30]
+        ]  # fmt: skip
+        columns = ["node", "op", "promotion", "benefit", f"cost {found.unit}", "weight peak", "input peak", "taken"]
+        _table(f"{out}: drop {found.before.drop:.2%} -> {found.after.drop:.2%}", columns, rows)
+    if not found.reached:
+        print(f"drop {found.after.drop:.2%} stays above {allowed:.2%} within the budget", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@app.command()
 def generate(
     bundle: Path,
     prompt: Annotated[str, typer.Option(help="text to go on from")],
+    backend: Annotated[str, typer.Option(help="whose artifact runs")] = "simulator",
     max_tokens: Annotated[int, typer.Option(min=1)] = 40,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="draw from the likeliest tokens with this probability together")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="the prompt is the user's turn in the chat template")] = False,
     as_json: Json = False,
 ) -> None:
-    """Continue a text with the language model of BUNDLE on the simulator, always taking the likeliest token."""
+    """Continue a text with the language model of BUNDLE; greedy unless a temperature is given."""
+    from edgeforge.bundle import load_bundle
+    from edgeforge.llm import generate as llm
+    from edgeforge.llm.session import opened
+
+    found = load_bundle(bundle)
+    sampling = llm.Sampling(temperature, top_p, seed)
+    if found.manifest.language is None:
+        if backend != "simulator" or temperature or chat:
+            raise InvalidInput(f"{bundle} has no cache: simulator only, greedy -> export a Hugging Face folder")
+        tokens, text, seconds = _stream(llm.generate(found, prompt, max_tokens), prompt, as_json)
+        speeds = {"tokens_per_second": len(tokens) / seconds}
+    else:
+        ids = llm.prompt_tokens(found, prompt, chat)
+        with opened(found, backend) as session:
+            pieces = llm.continued(found, session, ids, max_tokens, sampling)
+            tokens, text, _ = _stream(pieces, "" if chat else prompt, as_json)
+            speeds = session.speeds(len(ids))
+    if as_json:
+        _print({"tokens": tokens, "text": text, **speeds, "source": _source(backend)})
+
+
+def _source(engine: str) -> str:
+    """How a backend's artifact (or another engine) runs here."""
+    from edgeforge import backends
+
+    if engine == "simulator":
+        return "simulated on this host"
+    emulated = engine in backends.names() and backends.backend(engine).emulated
+    return "emulated (HTP on x86-64)" if emulated else "measured on this host's CPU"
+
+
+def _stream(pieces: Any, prompt: str, quiet: bool) -> tuple[list[int], str, float]:
+    """Print text as it comes (unless ``quiet``); tokens, text and seconds."""
     import time
 
-    from edgeforge.bundle import load_bundle
-    from edgeforge.llm.generate import generate as run
-
-    opened = load_bundle(bundle)
     started, tokens, text = time.perf_counter(), [], ""
-    if not as_json:
+    if not quiet:
         print(prompt, end="", flush=True)
-    for token, piece in run(opened, prompt, max_tokens):
+    for token, piece in pieces:
         tokens.append(token)
         text += piece
-        if not as_json:
+        if not quiet:
             print(piece, end="", flush=True)
-    if as_json:
-        speed = len(tokens) / (time.perf_counter() - started)
-        _print({"tokens": tokens, "text": text, "tokens_per_second": speed, "source": "simulated on this host"})
-    else:
+    if not quiet:
         print()
+    return tokens, text, time.perf_counter() - started
+
+
+@app.command("eval")
+def evaluate(
+    what: Annotated[str, typer.Argument(metavar="BUNDLE|MODEL")],
+    task: Annotated[str, typer.Option(help="perplexity or multiple-choice")] = "perplexity",
+    text: Annotated[Path | None, typer.Option(help="perplexity: a .txt, or a .json list of texts")] = None,
+    data: Annotated[Path | None, typer.Option(help="multiple-choice: a .jsonl of questions")] = None,
+    model: Annotated[str | None, typer.Option(help="the float model, beside a bundle's figures")] = None,
+    backend: Annotated[list[str] | None, typer.Option(help="also this artifact (repeatable)")] = None,
+    stride: Annotated[int | None, typer.Option(help="perplexity: tokens between windows; default: disjoint")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="the first windows or questions only")] = None,
+    as_json: Json = False,
+) -> None:
+    """Quality of a language model: float (MODEL, or --model), fake-quantized, integer (BUNDLE), with the protocol."""
+    from edgeforge.bundle import MANIFEST, load_bundle
+    from edgeforge.llm import evaluate as llm
+    from edgeforge.llm.quantize import read_texts
+    from edgeforge.models import load_model
+    from edgeforge.recipe import Shape
+
+    bundle = load_bundle(Path(what)) if (Path(what) / MANIFEST).is_file() else None
+    name = model if bundle else what
+    language = load_model(name).language if name else None
+    if bundle is None and language is None:
+        raise InvalidInput(f"{what} is no language model with a cache -> a bundle or a Hugging Face folder")
+    source = bundle or language
+    assert source is not None
+    spoken = llm.text_of(source, min(Shape().context, language.config.context) if language else 0)
+    head = "none" if spoken.bos is None else repr(spoken.tokenizer.id_to_token(spoken.bos))
+    rows: list[dict[str, Any]] = []
+    if task == "perplexity" and text is not None:
+        found = llm.windows(read_texts(text), spoken, stride, limit)
+        protocol = (
+            f"token perplexity of {text.name}: {found.tokens} tokens scored once each, context {spoken.context}, "
+            f"stride {stride or 'disjoint'}, BOS {head} before each window, not scored"
+        )
+        measure = lambda score: {"perplexity": llm.perplexity(score, found)}  # noqa: E731
+    elif task == "multiple-choice" and data is not None:
+        questions = llm.read_questions(data, limit)
+        protocol = (
+            f"{data.name}: {len(questions)} questions, 'prompt choice' joined by a space, BOS {head}, context "
+            f"{spoken.context}; log-probability of the choice, accuracy by its sum, accuracy_norm by its sum per byte"
+        )
+        measure = lambda score: llm.multiple_choice(score, questions, spoken)  # noqa: E731
+    else:
+        raise InvalidInput(f"task {task} -> --task perplexity --text FILE, or --task multiple-choice --data FILE.jsonl")
+    for engine, score in llm.scorers(bundle, language, spoken.context, backend or ()):
+        _say(f"{engine}")
+        rows.append({"engine": engine, **measure(score), "source": _source(engine)})
+    if as_json:
+        _print({"task": task, "protocol": protocol, "results": rows})
+    else:
+        _table(protocol, list(rows[0]), [list(row.values()) for row in rows])
 
 
 @app.command()
@@ -249,7 +394,7 @@ def show(
     from edgeforge.bundle import MANIFEST, load_bundle
     from edgeforge.ir.text import print_graph
     from edgeforge.pipeline import load
-    from edgeforge.report import deviations
+    from edgeforge.report.text import deviations
 
     bundle = load_bundle(Path(what)) if (Path(what) / MANIFEST).is_file() else None
     graph = bundle.graph if bundle else load(what).imported.graph
@@ -315,6 +460,151 @@ def calibrate(
         return
     print(f"{place}: {found.workloads} measurements, median error {found.before:.1%} before, {found.after:.1%} after")
     _table("farthest from the fit", ["workload", "estimated / measured"], [list(worst) for worst in found.worst])
+
+
+@app.command()
+def bench(
+    bundle: Path,
+    on: Annotated[str, typer.Option(help="host, hub (Qualcomm AI Hub's devices) or adb (a phone on a cable)")] = "host",
+    backend: Annotated[list[str] | None, typer.Option(help="only this artifact (repeatable)")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="host, adb: of the runtime; on the host pinned to cores")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="host, adb: timed inferences")] = 50,
+    warmup: Annotated[int, typer.Option(min=0, help="host, adb: inferences before those")] = 5,
+    device: Annotated[
+        list[str] | None, typer.Option(help="hub: a device, a target or chipset:NAME (repeatable); default: the target")
+    ] = None,
+    compile_only: Annotated[bool, typer.Option("--compile-only", help="hub: stop before the device")] = False,
+    timeout: Annotated[float, typer.Option(min=0, help="hub: minutes to wait; the run can be gone on with")] = 60,
+    runner: Annotated[Path | None, typer.Option(help="adb: an executor_runner built for the phone")] = None,
+    serial: Annotated[str | None, typer.Option(help="adb: which phone")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="hub: say what would be uploaded")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run the artifacts of BUNDLE, check their integers, and keep the figures beside it and in the results database."""
+    from edgeforge.bundle import load_bundle
+    from edgeforge.devices.store import Store
+
+    opened, names, store = load_bundle(bundle), tuple(backend or ()), Store()
+    if on == "host":
+        from edgeforge.devices import host
+
+        found = host.bench(opened, names, threads, repeats, warmup, _say)
+        for result in found:
+            store.add(result, opened)
+    elif on == "hub":
+        from edgeforge.devices import hub
+
+        if dry_run:
+            _print_plan(hub.plan(opened, names, compile_only), device or [opened.target.name], as_json)
+            return
+        patience = hub.Patience(timeout_s=timeout * 60)
+        found = hub.bench(opened, store, tuple(device or ()), names, compile_only, patience, _say)
+    elif on == "adb":
+        from edgeforge.devices import adb
+
+        if runner is None:
+            raise InvalidInput("--on adb runs the XNNPACK program -> --runner FILE, an executor_runner for the phone")
+        found = [adb.bench(opened, runner, serial, threads, repeats, warmup, _say)]
+        store.add(found[0], opened)
+    else:
+        raise InvalidInput(f"--on {on} -> host, hub or adb")
+    _print_results(found, f"{opened.manifest.model} {opened.manifest.precision} on {on}", as_json)
+
+
+def _print_plan(uploads: Any, devices: list[str], as_json: bool) -> None:
+    rows = [{"artifact": u.artifact, "file": str(u.file), "bytes": u.size, "jobs": list(u.steps)} for u in uploads]
+    if as_json:
+        _print({"devices": devices, "uploads": rows})
+        return
+    cells = [[r["artifact"], r["file"], f"{r['bytes'] / 1e6:.2f}", " ".join(r["jobs"])] for r in rows]
+    _table(f"would be uploaded for {', '.join(devices)}", ["artifact", "file", "MB", "jobs"], cells)
+
+
+def _print_results(results: list[Any], title: str, as_json: bool) -> None:
+    if as_json:
+        _print({"results": [result.document() for result in results]})
+        return
+    columns = ["artifact", "device", "source", "p50 ms", "p90 ms", "load ms", "peak MB", "golden", "flags"]
+    rows = []
+    for r in results:
+        ms = [r.percentiles_us[p] / 1e3 if r.latency_us else None for p in ("p50", "p90")]
+        golden = r.golden.status if r.golden.identical in (None, 1) else f"{r.golden.identical:.2%} identical"
+        about = [r.artifact, r.device.name, r.source, *ms, r.load_ms, r.peak_memory_mb, golden, "; ".join(r.flags)]
+        rows.append(about)
+    _table(title, columns, rows)
+
+
+@app.command()
+def ingest(
+    file: Path,
+    bundle: Annotated[Path | None, typer.Option(help="what was run; default: the known bundle of that hash")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check a device's result FILE against its bundle, flag what is wrong with it, and keep it."""
+    from edgeforge.devices.store import Store
+    from edgeforge.devices.store import ingest as run
+
+    result, fresh = run(file, bundle, Store())
+    _print_results([result], f"{file}: {'kept' if fresh else 'known already'}", as_json)
+
+
+@app.command()
+def results(
+    model: str | None = None,
+    artifact: str | None = None,
+    device: str | None = None,
+    devices: Annotated[bool, typer.Option("--devices", help="real devices only: the table to compare them by")] = False,
+    export: Annotated[Path | None, typer.Option(help="write the rows to .csv, or whole results to .json")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="print the JSON schema of a result")] = False,
+    as_json: Json = False,
+) -> None:
+    """Query the results database (EDGEFORGE_RESULTS)."""
+    from edgeforge.devices.result import DeviceResult
+    from edgeforge.devices.store import COLUMNS, Store, to_csv
+
+    if schema:
+        _print(DeviceResult.model_json_schema(by_alias=True))
+        return
+    if export is not None and export.suffix not in (".csv", ".json"):
+        raise InvalidInput(f"--export {export} -> a file that ends in .csv or .json")
+    store = Store()
+    rows = store.rows(devices, model=model, artifact=artifact, device=device)
+    if export is not None:
+        chosen = {(row["run_id"], row["artifact"]) for row in rows}
+        whole = [r.document() for r in store.documents() if (r.run_id, r.artifact) in chosen]
+        export.write_text(to_csv(rows) if export.suffix == ".csv" else json.dumps({"results": whole}, indent=1) + "\n")
+    if as_json:
+        _print({"results": rows})
+        return
+    shown = [c for c in COLUMNS if c not in ("soc", "target", "run_id")]
+    _table("real devices" if devices else "results", shown, [[row[c] for c in shown] for row in rows])
+
+
+@app.command()
+def report(
+    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...")],
+    out: Annotated[Path | None, typer.Option(help="the page; default: BUNDLE.html, or report.html for several")] = None,
+    compare: Annotated[bool, typer.Option(help="put the bundles side by side")] = False,
+    run: Annotated[bool, typer.Option(help="run every artifact that runs here, not the simulator alone")] = True,
+    per_node: Annotated[
+        list[str] | None, typer.Option("--per-node", help="compare each node on this backend (repeatable; slow)")
+    ] = None,
+) -> None:
+    """Write one HTML page over BUNDLEs and their results, that opens offline, and print its summary."""
+    from edgeforge.report.gather import gather
+    from edgeforge.report.page import render, summary
+
+    facts = [gather(bundle, run, per_node or (), _say) for bundle in bundles]
+    place = out or (
+        bundles[0].resolve().with_name(f"{bundles[0].resolve().name}.html")
+        if len(bundles) == 1
+        else Path("report.html")
+    )
+    place.write_text(render(facts, compare))
+    for one in facts:
+        columns, rows = summary(one)
+        _table(one.name, columns, rows)
+    print(f"report: {place}")
 
 
 @app.command()

@@ -21,20 +21,23 @@ from edgeforge.bundle import (
     write_manifest,
     writing,
 )
+from edgeforge.compress import compress
 from edgeforge.data import Dataset, load_data
 from edgeforge.errors import InvalidInput, Reason, Unsupported
 from edgeforge.ir.graph import Graph
+from edgeforge.llm.export import calibration_tokens, describe, golden_steps
+from edgeforge.llm.quantize import quantize_language
 from edgeforge.measured import measure
 from edgeforge.models import Model, call, load_model
 from edgeforge.passes import optimize
 from edgeforge.progress import track
-from edgeforge.quantize.assign import assign
-from edgeforge.quantize.calibrate import calibrate
+from edgeforge.quantize.assign import assign, bits
+from edgeforge.quantize.calibrate import Range, calibrate
 from edgeforge.quantize.convert import convert
 from edgeforge.quantize.correct import correct_biases
 from edgeforge.quantize.keep import plan_from
 from edgeforge.recipe import Precision, Recipe
-from edgeforge.report import bundle_readme, quantization_report
+from edgeforge.report.text import bundle_readme, quantization_report
 from edgeforge.sim.evaluate import dequantize_outputs, quantize_feeds, run_float, simulate
 from edgeforge.sim.parity import sqnr_db
 from edgeforge.target import Target, load_target, read_yaml
@@ -50,6 +53,8 @@ def load(name: str) -> Model:
     from dataclasses import replace
 
     model = load_model(name)
+    if model.language is not None:
+        return model
     return replace(model, imported=replace(model.imported, graph=optimize(model.imported.graph)))
 
 
@@ -72,18 +77,20 @@ def quantize(model: Model, recipe: Recipe, target: Target, data: Dataset, requan
     Raises Unsupported with every node (or kept encoding) that the target cannot run as asked."""
     graph = model.imported.graph
     if model.imported.encodings and not requantize:
-        return convert(graph, plan_from(model.imported, recipe, target), target.numerics)
-    samples = data.head(recipe.calibration.samples)
-    bits = 16 if Precision(recipe.precision).activations == "u16" else 8
-    ranges = calibrate(
-        graph, _Batches(samples), recipe.calibration.method, lambda name: bits, recipe.calibration.percentile
-    )
-    plan = assign(graph, ranges, recipe, target)
-    quantized = convert(graph, plan, target.numerics, recipe.weights)
+        return convert(graph, plan_from(model.imported, recipe, target), target)
+    graph = compress(graph, recipe, target, data.head(recipe.calibration.samples))
+    plan = assign(graph, ranges_of(graph, recipe, data, bits(graph, recipe, target)), recipe, target)
+    quantized = convert(graph, plan, target, recipe.weights)
     if recipe.bias_correction:
         corrected = correct_biases(graph, quantized, data.head(recipe.bias_correction).stacked())
-        quantized = convert(corrected, plan, target.numerics, recipe.weights)
+        quantized = convert(corrected, plan, target, recipe.weights)
     return quantized
+
+
+def ranges_of(graph: Graph, recipe: Recipe, data: Dataset, widths: Mapping[str, int]) -> dict[str, Range]:
+    """The range of every activation of a float graph, by the recipe's method on its first samples of ``data``."""
+    samples, how = _Batches(data.head(recipe.calibration.samples)), recipe.calibration
+    return calibrate(graph, samples, how.method, widths, how.percentile)
 
 
 class _Batches:
@@ -96,8 +103,10 @@ class _Batches:
         return track(self.data.batches(self.size), -(-len(self.data) // self.size), "calibrating")
 
 
-def lower(graph: Graph, target: Target, names: Sequence[str], folder: Path, say: Progress) -> dict[str, BackendRecord]:
-    """Compile ``graph`` for each backend into ``folder/<name>``; what cannot be built is recorded with its reason.
+def lower(
+    graph: Graph, target: Target, names: Sequence[str], folder: Path, say: Progress, part: str = ""
+) -> dict[str, BackendRecord]:
+    """Compile ``graph`` for each backend into ``folder/<name>/<part>``; what cannot be built is recorded and why.
 
     Raises Unsupported when a backend that was asked for by name refuses the graph (empty ``names``: the target's)."""
     records = {}
@@ -114,10 +123,10 @@ def lower(graph: Graph, target: Target, names: Sequence[str], folder: Path, say:
             records[name] = BackendRecord(status="skipped", reason=text)
             say(f"{name}: skipped ({text})")
             continue
-        say(f"{name}: compiling")
-        place = folder / name
+        say(f"{name}: compiling {part}".rstrip())
+        place = folder / name / part
         place.mkdir(parents=True)
-        records[name] = _record(name, chosen.compile(graph, target, place))
+        records[name] = _record(f"{name}/{part}".rstrip("/"), chosen.compile(graph, target, place))
         if not any(place.iterdir()):
             place.rmdir()
     return records
@@ -167,6 +176,8 @@ def export(
     model = load(name)
     recipe = read_recipe(model, recipe_file, precision, assignments)
     base = model.base if recipe_file is None else recipe_file.parent
+    if model.language is not None:
+        return _export_language(model, target, recipe, calibration, out, backend_names, say)
     data = find_data(calibration, "calibration", model, model.imported.graph, recipe, base)
     with writing(out) as folder:
         used = min(len(data), recipe.calibration.samples)
@@ -197,6 +208,71 @@ def export(
         (folder / "README.txt").write_text(bundle_readme(target, fields))
         write_manifest(folder, **fields)
     return load_bundle(out)
+
+
+def _export_language(
+    model: Model,
+    target: Target,
+    recipe: Recipe,
+    calibration: str | Mapping[str, np.ndarray],
+    out: Path,
+    backend_names: Sequence[str],
+    say: Progress,
+) -> Bundle:
+    """A bundle with two graphs of a language model, prefill and decode, on the same constants."""
+    language = model.language
+    assert language is not None
+    sequences, source = calibration_tokens(model, recipe, calibration)
+    with writing(out) as folder:
+        used = min(len(sequences), recipe.calibration.samples)
+        say(f"calibrating on {used} sequences of {source}")
+        parts, notes = quantize_language(language, recipe, target, sequences)
+        for note in notes:
+            say(note)
+        decode, prefill = parts["decode"].graph, parts["prefill"].graph
+        golden = golden_steps(language, recipe, parts, sequences[0])
+        own = {key: array for key, array in golden.items() if not key.startswith("prefill/")}
+        write_core(folder, decode, recipe, target, golden, prefill)
+        say("golden generation on the simulator")
+        record = describe(language, recipe, parts, sequences[0], folder)
+        made = [
+            lower(part.graph, target, backend_names, folder / "artifacts", say, name) for name, part in parts.items()
+        ]
+        fields: dict[str, Any] = {
+            "edgeforge": __version__,
+            "model": model.name,
+            "target": target.name,
+            "precision": recipe.precision,
+            "calibrated": calibration != "random",
+            "calibration": f"{used} sequences of {source}, {recipe.calibration.method}",
+            "graph_hash": decode.hash(),
+            "inputs": tuple(port(n, decode.type(n)) for n in decode.inputs),
+            "outputs": tuple(port(n, decode.type(n)) for n in decode.outputs),
+            "exceptions": exceptions(decode, recipe),
+            "notes": notes,
+            "language": record,
+            "backends": {name: _joined(made[0][name], made[1][name]) for name in made[0]},
+            "figures": figures(decode, own, target),
+        }
+        (folder / "report.md").write_text(quantization_report(decode, fields))
+        (folder / "README.txt").write_text(bundle_readme(target, fields))
+        write_manifest(folder, **fields)
+    return load_bundle(out)
+
+
+def _joined(a: BackendRecord, b: BackendRecord) -> BackendRecord:
+    """One record for the artifacts of both graphs; what they have in common is said once."""
+    if a.status != "built" or b.status != "built":
+        return a if a.status != "built" else b
+    return BackendRecord(
+        status="built",
+        files=a.files + b.files,
+        options={**a.options, **b.options},
+        edits=tuple(dict.fromkeys(a.edits + b.edits)),
+        islands=tuple(dict.fromkeys(a.islands + b.islands)),
+        notes=tuple(dict.fromkeys(a.notes + b.notes)),
+        deterministic=a.deterministic and b.deterministic,
+    )
 
 
 def find_data(

@@ -13,7 +13,8 @@ from edgeforge.target import Closed
 
 _PRECISION = re.compile(r"w(?P<weights>[48])a(?P<activations>8|16)(?:-b(?P<block>16|32|64))?$")
 
-Width = Literal["a8", "a16"]
+#: a8s: 8 bits with zero point 128.
+Width = Literal["a8", "a16", "a8s"]
 
 
 class Precision:
@@ -49,7 +50,8 @@ class Calibration(Closed):
 
 class Override(Closed):
     """For nodes whose name or source matches ``match`` (a glob) and whose op is ``op`` (if given): ``precision`` of
-    a linear or conv (weights and input activations), ``output`` width of the node's result."""
+    a linear or conv (weights and input activations), ``output`` width of the node's result. Op ``input`` stands for
+    the graph's inputs, which no other override touches."""
 
     match: str = "*"
     op: str | None = None
@@ -75,6 +77,33 @@ class TextData(Closed):
     tokenizer: str = "tokenizer.json"
 
 
+class Shape(Closed):
+    """The static shape of a language model: positions (its cache holds them), and tokens per prefill step."""
+
+    context: int = Field(512, ge=2)
+    chunk: int = Field(32, ge=1)
+
+
+class Smooth(Closed):
+    """`compress.smooth`: exponent ``alpha`` of all groups, None to search it per group on ``samples`` of the
+    calibration data; ``pairs``: norms and the layers that read them, or all."""
+
+    method: Literal["smooth"] = "smooth"
+    alpha: float | None = Field(None, ge=0, le=1)
+    pairs: Literal["norms", "all"] = "all"
+    samples: int = Field(16, ge=1)
+
+
+class Equalize(Closed):
+    """`compress.equalize`: at most ``sweeps`` over all groups."""
+
+    method: Literal["equalize"] = "equalize"
+    sweeps: int = Field(50, ge=1)
+
+
+Method = Annotated[Smooth | Equalize, Field(discriminator="method")]
+
+
 class Bounds(Closed):
     """What `validate` demands of an artifact; None demands nothing."""
 
@@ -85,14 +114,17 @@ class Bounds(Closed):
 
 
 class Recipe(Closed):
-    """Every choice of a quantization. ``bias_correction``: samples to measure the shift of means on, 0 for none (see
+    """Every choice of a quantization. ``compress``: methods that rewrite the float graph first, in order (see
+    `edgeforge.compress`). ``bias_correction``: samples to measure the shift of means on, 0 for none (see
     `quantize.correct`). ``bounds`` is keyed by backend, ``*`` for all others."""
 
     precision: PrecisionName = "w8a8"
     calibration: Calibration = Calibration()
+    compress: tuple[Method, ...] = ()
     weights: Literal["minmax", "mse"] = "minmax"
     bias_correction: int = Field(0, ge=0)
     overrides: tuple[Override, ...] = ()
+    language: Shape = Shape()
     data: ImageData | TextData | None = Field(None, discriminator="kind")
     metric: Literal["top1", "perplexity"] | None = None
     class_offset: int = 0

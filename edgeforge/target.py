@@ -75,7 +75,8 @@ class Latency(Closed):
 class Target(Closed):
     """A chip or a runtime. ``ops`` lists activation widths per op where they differ from ``activations``;
     ``encodings`` are forced output encodings per op and width; ``second_operand_zero`` is the zero point that the
-    uint8 second operand of an activation matmul must have; ``weight_sharing``: graphs of one context binary can share
+    uint8 second operand of an activation matmul must have; ``equal_widths``: a node's activations all have one width
+    (products with a uint8 second operand apart); ``weight_sharing``: graphs of one context binary can share
     weights. ``aliases`` (part numbers, marketing names) and ``devices`` can be used in place of the name; ``source``
     says where these identifiers come from."""
 
@@ -87,6 +88,7 @@ class Target(Closed):
     soc: Soc | None = None
     encodings: dict[str, dict[Literal["a8", "a16"], FixedEncoding]] = Field(default_factory=dict)
     second_operand_zero: int | None = None
+    equal_widths: bool = False
     max_rank: int = 5
     unsupported: dict[str, str] = Field(default_factory=dict)
     fp16: bool = False
@@ -147,10 +149,14 @@ def _bases() -> list[str]:
     return sorted(path.stem for path in (folder("targets") / "bases").glob("*.yaml"))
 
 
+#: Words that name no chip: makers and kinds of products.
+NOISE = ("qualcomm", "samsung", "google", "5g", "mobile", "proxy")
+
+
 def plain(name: str) -> str:
-    """A name without maker, case, spaces and punctuation: "Samsung Galaxy S24+" -> "galaxys24plus"."""
+    """A name without `NOISE`, case, spaces and punctuation: "Samsung Galaxy S24+" -> "galaxys24plus"."""
     words = re.sub(r"[^a-z0-9]+", " ", name.lower().replace("+", " plus ")).split()
-    return "".join(word for word in words if word not in ("qualcomm", "samsung", "google", "5g"))
+    return "".join(word for word in words if word not in NOISE)
 
 
 @functools.cache

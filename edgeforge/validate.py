@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from edgeforge.errors import BackendFailed, InvalidInput, MissingDependency
 from edgeforge.ir.graph import Graph
 from edgeforge.progress import track
 from edgeforge.quantize.convert import with_profile
-from edgeforge.recipe import Bounds
+from edgeforge.recipe import Bounds, Recipe
 from edgeforge.sim.evaluate import dequantize_outputs, quantize_feeds, run_float, simulate
 from edgeforge.sim.parity import NodeParity, cosine, parity, per_node, sqnr_db, trace
 
@@ -28,7 +28,7 @@ BATCH = 16
 class Result:
     """One artifact's agreement. identical: share of output integers equal to the simulator's under the runtime's
     rounding rules; None where a float island feeds the output. sqnr_db, cosine: against the float
-    model. source: how it ran."""
+    model. source: how it ran. part: which graph of a language model."""
 
     backend: str
     ran: bool
@@ -39,6 +39,7 @@ class Result:
     cosine: float | None = None
     metric: dict[str, Any] | None = None
     source: str = ""
+    part: str = ""
     misses: list[str] = field(default_factory=list)
 
 
@@ -54,6 +55,10 @@ def validate(
 ) -> list[Result]:
     """Run every built artifact. data: None takes the bundle's golden vectors (whose float outputs it holds);
     other data needs ``float_graph`` for the float figures (None leaves them empty)."""
+    if bundle.prefill is not None:
+        assert data is None, "golden steps are what the graphs of a language model are compared on"
+        parts = [replace(part, prefill=None) for part in bundle.parts]
+        return [replace(r, part=part.part) for part in parts for r in validate(part, None, None, only, say)]
     labels = None if data is None else data.labels
     if data is None:
         codes, reference = bundle.golden_part("input"), bundle.golden_part("float")
@@ -74,7 +79,7 @@ def validate(
             say(f"simulator ({profile})")
             graph = with_profile(bundle.graph, profile)
             expected[profile] = _batched(codes, lambda part, graph=graph: simulate(graph, part))
-        say(name)
+        say(f"{name} {bundle.part}".rstrip())
         try:
             got = (
                 expected[profile]
@@ -85,7 +90,8 @@ def validate(
             results.append(Result(name, False, str(error)))
             continue
         result = _compare(bundle, name, got, expected[profile], reference, bool(record.islands))
-        result.metric = _metric(bundle, got, reference, labels, codes)
+        if not bundle.part:
+            result.metric = task_metric(bundle.recipe, bundle.graph, got, reference, labels, codes)
         result.misses = _misses(bundle.recipe.bounds.get(name, bundle.recipe.bounds.get("*", Bounds())), result)
         results.append(result)
     return results
@@ -126,27 +132,27 @@ def _compare(bundle: Bundle, name: str, got: Any, expected: Any, reference: Any,
     return result
 
 
-def _metric(bundle: Bundle, got: Any, reference: Any, labels: np.ndarray | None, codes: Any) -> dict[str, Any] | None:
-    """The task metric of the artifact and of the float model; top-1 also counts the samples that turned from right to
-    wrong (``lost``) and from wrong to right (``gained``)."""
-    output = bundle.graph.outputs[0]
-    logits = [dequantize_outputs(bundle.graph, got)[output]]
+def task_metric(
+    recipe: Recipe, graph: Graph, got: Any, reference: Any, labels: np.ndarray | None, codes: Any
+) -> dict[str, Any] | None:
+    """The task metric of output codes ``got`` and of the float outputs; top-1 also counts the samples that turned from
+    right to wrong (``lost``) and from wrong to right (``gained``)."""
+    output = graph.outputs[0]
+    logits = [dequantize_outputs(graph, got)[output]]
     if reference is not None:
         logits.append(reference[output])
-    if bundle.recipe.metric == "top1" and labels is not None:
-        right = [x[:, bundle.recipe.class_offset :].argmax(1) == labels for x in logits]
+    flips = {}
+    if recipe.metric == "top1" and labels is not None:
+        right = [x[:, recipe.class_offset :].argmax(1) == labels for x in logits]
         values = [float(r.mean()) for r in right]
-        flips = (
-            {"lost": int((right[1] & ~right[0]).sum()), "gained": int((right[0] & ~right[1]).sum())}
-            if reference
-            else {}
-        )
-    elif bundle.recipe.metric == "perplexity":
-        ids = codes[bundle.graph.inputs[0]]
-        values, flips = [perplexity(x, ids) for x in logits], {}
+        if reference is not None:
+            lost, gained = right[1] & ~right[0], right[0] & ~right[1]
+            flips = {"lost": int(lost.sum()), "gained": int(gained.sum())}
+    elif recipe.metric == "perplexity":
+        values = [perplexity(x, codes[graph.inputs[0]]) for x in logits]
     else:
         return None
-    return {"name": bundle.recipe.metric, "value": values[0], "float": values[1] if reference else None, **flips}
+    return {"name": recipe.metric, "value": values[0], "float": values[1] if reference is not None else None, **flips}
 
 
 def perplexity(logits: np.ndarray, ids: np.ndarray) -> float:

@@ -76,7 +76,7 @@ def samples(count: int = 8) -> list[dict[str, np.ndarray]]:
 def quantized(precision: str = "w8a8") -> tuple[Graph, Graph]:
     graph, target = optimize(verify(network())), load_target("snapdragon-8-gen-3")
     plan = assign(graph, calibrate(graph, samples()), Recipe(precision=precision), target)
-    return graph, convert(graph, plan, target.numerics)
+    return graph, convert(graph, plan, target)
 
 
 @pytest.mark.parametrize(("precision", "least_db"), [("w8a8", 30.0), ("w8a16", 35.0), ("w4a8", 10.0), ("w4a16", 10.0)])

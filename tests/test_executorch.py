@@ -60,7 +60,7 @@ def quantized(module: torch.nn.Module, feeds: torch.Tensor, recipe: Recipe) -> C
     """Float graph, integer graph, and the feeds by name."""
     graph = optimize(from_module(module.eval(), (feeds[:1],), "net").graph)
     named = {graph.inputs[0]: feeds.numpy()}
-    return graph, convert(graph, assign(graph, calibrate(graph, [named]), recipe, TARGET), TARGET.numerics), named
+    return graph, convert(graph, assign(graph, calibrate(graph, [named]), recipe, TARGET), TARGET), named
 
 
 @functools.cache

@@ -27,6 +27,7 @@ from edgeforge.ir.rules import PROFILES
 from edgeforge.ir.rules.htp_unary import measured_node
 from edgeforge.ir.types import NUMPY, RANGE, QParams, TensorType, Value
 from edgeforge.quantize.convert import with_profile
+from edgeforge.quantize.widths import equal_widths
 from edgeforge.sim import fast, rounding, rows, threads
 from edgeforge.sim.evaluate import simulate
 from edgeforge.sim.fast import Fast
@@ -121,11 +122,12 @@ class Random:
         return {"clamp": (0.0, 6.0)} if self.draw(st.booleans()) else {}
 
     def agree(self, graph: Graph) -> None:
-        """Same integers under every profile that takes the graph: when it is prepared, and when it was."""
+        """Same integers under every profile that takes the graph: when it is prepared, and when it was. Hexagon gets it
+        with equal widths."""
         ran = 0
         for profile in PROFILES:
             try:
-                rounded = with_profile(graph, profile)
+                rounded = with_profile(equal_widths(graph) if profile.startswith("htp") else graph, profile)
             except InvalidGraph:
                 continue
             ran += 1

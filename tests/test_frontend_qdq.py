@@ -95,7 +95,7 @@ def load(path):
 def kept(path, target="snapdragon-8-gen-3"):
     chosen = load_target(target)
     imported = load(path)
-    return convert(imported.graph, plan_from(imported, Recipe(), chosen), chosen.numerics)
+    return convert(imported.graph, plan_from(imported, Recipe(), chosen), chosen)
 
 
 def real_output(graph, x):

@@ -105,7 +105,7 @@ def test_imported_architecture_quantizes_and_simulates(name):
     want = run_float(graph, test)[graph.outputs[0]]
     reached = {}
     for precision in ("w8a8", "w8a16"):
-        integer = convert(graph, assign(graph, ranges, Recipe(precision=precision), target), target.numerics)
+        integer = convert(graph, assign(graph, ranges, Recipe(precision=precision), target), target)
         codes = simulate(integer, quantize_feeds(integer, test))
         reached[precision] = sqnr_db(dequantize_outputs(integer, codes)[integer.outputs[0]], want)
         assert reached[precision] > FLOORS[precision][name], f"{name}: {reached}"

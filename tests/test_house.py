@@ -28,17 +28,28 @@ LAYERS = (
     ("passes", "recipe", "support"),
     ("frontend", "dialects", "sim", "data"),
     ("quantize", "models"),
+    ("compress",),
     ("backends",),
     ("bundle", "measured"),
-    ("estimate", "report", "validate", "llm", "conformance"),
+    ("estimate", "validate", "llm", "conformance"),
+    ("devices",),
+    ("report",),
     ("pipeline",),
-    ("estimator",),
+    ("estimator", "tune"),
     ("cli",),
 )
 
 #: Packages that cost seconds or are optional, and where a module may import them when it is imported itself.
 HEAVY = {
-    "torch": ("frontend/", "dialects/pt2e", "sim/", "quantize/correct", "conformance/cases", "backends/_executorch"),
+    "torch": (
+        "frontend/",
+        "dialects/pt2e",
+        "sim/",
+        "quantize/correct",
+        "compress/",
+        "conformance/cases",
+        "backends/_executorch",
+    ),
     "onnx": ("frontend/", "dialects/onnx", "estimate/sketch"),
     "numba": ("sim/",),
     "onnxruntime": ("backends/_qnn_worker",),
@@ -100,7 +111,7 @@ def snapshots() -> dict[str, str]:
     wide = Recipe(overrides=(Override(op="add", output="a16"), Override(match="logits", precision="w4a16")))
     texts = {"float": print_graph(network()), "optimized": print_graph(graph)}
     for name, recipe in {"w8a8": Recipe(), "mixed": wide}.items():
-        texts[name] = print_graph(convert(graph, assign(graph, ranges, recipe, target), target.numerics))
+        texts[name] = print_graph(convert(graph, assign(graph, ranges, recipe, target), target))
     return texts
 
 

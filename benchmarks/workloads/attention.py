@@ -259,8 +259,10 @@ def convnext(net: Net, v2: bool) -> Value:
             y = net.transpose(net.dw(x, 7), 0, 2, 3, 1)
             y = net.linear(net.norm(y), 4 * c, "gelu")
             if v2:
-                spread = net.emit("l2_norm", [y], (1, 1, 1, 4 * c), axis=1)
-                y = net.add(net.mul(net.mul(y, net.binary("div", spread))), y)
+                total = net.reduce(net.reduce(net.mul(y, y), 1, "reduce_sum"), 2, "reduce_sum")
+                total = net.act(total, "sqrt")
+                response = net.binary("div", total, net.add(net.reduce(total, 3)))
+                y = net.add(net.add(net.mul(net.mul(y, response))), y)
             y = net.linear(y, c)
             y = y if v2 else net.mul(y)
             x = net.add(net.transpose(y, 0, 3, 1, 2), x)

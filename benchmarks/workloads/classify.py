@@ -240,6 +240,22 @@ def _(net: Net) -> Value:
     return classifier(net, net.conv(x, 1024, act="relu"))
 
 
+@workload("deepbox", "vgg_3d_detection", "vgg")
+def _(net: Net) -> list[Value]:
+    """VGG-19 with three heads: orientation, confidence, dimension."""
+    x = net.input(1, 3, 224, 224)
+    for width, depth in ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4)):
+        for _ in range(depth):
+            x = net.conv(x, width, 3, act="relu")
+        x = net.pool(x, 2, 2)
+    x = net.reshape(x, 1, -1)
+    outputs = []
+    for hidden, out in ((256, 4), (256, 2), (512, 3)):
+        outputs.append(net.linear(net.linear(net.linear(x, hidden, "relu"), hidden, "relu"), out))
+    turn = net.reshape(outputs[0], 1, 2, 2)
+    return [net.norm(turn, "l2_norm"), *outputs[1:]]
+
+
 # ------------------------------------------------------------------------------------------------------------ others
 
 

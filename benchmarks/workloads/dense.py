@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.workloads import workload
-from benchmarks.workloads.classify import basic, bottleneck, inverted, resnet50
+from benchmarks.workloads.classify import basic, bottleneck, resnet50
 from benchmarks.workloads.net import Net, Value
 
 # ----------------------------------------------------------------------------------------------------- segmentation
@@ -188,32 +188,31 @@ def _(net: Net) -> Value:
     i = net.resize(i, d.shape[2:])
     x = bag(p, i, d)
     x = net.conv(net.conv(net.act(x, "relu"), 128, 3, act="relu"), 19)
-    return net.resize(x, (1024, 2048)) if False else x
+    return x
 
 
 @workload("salsanext", "SalsaNext", "salsanext")
 def _(net: Net) -> Value:
+    def conv(x: Value, out: int, k: int, d: int = 1, p: int | None = None, norm: bool = True) -> Value:
+        """The batch norm follows the activation function, so it does not fold into the convolution."""
+        y = net.conv(x, out, k, d=d, p=p, act="leaky_relu")
+        return net.mul(y) if norm else y
+
     def context(x: Value, out: int) -> Value:
-        a = net.conv(x, out, act="leaky_relu")
-        y = net.conv(a, out, 3, act="leaky_relu")
-        y = net.conv(y, out, 3, d=2, act="leaky_relu")
-        return net.add(a, y)
+        a = conv(x, out, 1, norm=False)
+        return net.add(a, conv(conv(a, out, 3), out, 3, 2))
+
+    def branches(x: Value, out: int) -> Value:
+        one = conv(x, out, 3)
+        two = conv(one, out, 3, 2)
+        return conv(net.concat([one, two, conv(two, out, 2, 2, 1)]), out, 1)
 
     def res(x: Value, out: int, pool: bool = True) -> list[Value]:
-        a = net.conv(x, out, act="leaky_relu")
-        one = net.conv(x, out, 3, act="leaky_relu")
-        two = net.conv(one, out, 3, d=2, act="leaky_relu")
-        three = net.conv(two, out, 2, d=2, p=1, act="leaky_relu")
-        y = net.conv(net.concat([one, two, three]), out, act="leaky_relu")
-        y = net.add(a, y)
+        y = net.add(conv(x, out, 1, norm=False), branches(x, out))
         return [net.pool(y, 3, 2, 1, "avg_pool"), y] if pool else [y]
 
     def up(x: Value, skip: Value, out: int) -> Value:
-        x = net.concat([net.shuffle(x, 2), skip])
-        one = net.conv(x, out, 3, act="leaky_relu")
-        two = net.conv(one, out, 3, d=2, act="leaky_relu")
-        three = net.conv(two, out, 2, d=2, p=1, act="leaky_relu")
-        return net.conv(net.concat([one, two, three]), out, act="leaky_relu")
+        return branches(net.concat([net.shuffle(x, 2), skip]), out)
 
     x = net.input(1, 5, 64, 2048)
     for _ in range(3):
@@ -226,6 +225,31 @@ def _(net: Net) -> Value:
     for out in (128, 128, 64, 32):
         x = up(x, skips.pop(), out)
     return net.softmax(net.conv(x, 20), 1)
+
+
+@workload("rangenet_plus_plus", "RangeNet-Plus-Plus", "rangenet")
+def _(net: Net) -> Value:
+    """Darknet-53 on a range image; only its width is halved."""
+
+    def residual(x: Value) -> Value:
+        c = x.channels
+        return net.add(net.conv(net.conv(x, c // 2, act="leaky_relu"), c, 3, act="leaky_relu"), x)
+
+    x = net.conv(net.input(1, 5, 64, 2048), 32, 3, act="leaky_relu")
+    skips = []
+    for out, depth in ((64, 1), (128, 2), (256, 8), (512, 8), (1024, 4)):
+        skips.append(x)
+        x = net.conv(x, out, 3, (1, 2), act="leaky_relu")
+        for _ in range(depth):
+            x = residual(x)
+    for out in (512, 256, 128, 64, 32):
+        n, _, h, w = x.shape
+        y = net.emit(
+            "conv_transpose", [x], (n, out, h, 2 * w), x.channels * out * 4, n * x.channels * h * w * out * 4,
+            kernel=(1, 4), stride=(1, 2), dilation=(1, 1), groups=1, fan_in=x.channels,
+        )  # fmt: skip
+        x = net.add(residual(net.act(y, "leaky_relu")), skips.pop())
+    return net.softmax(net.conv(x, 20, 3), 1)
 
 
 # --------------------------------------------------------------------------------------------------- FFNet variants
@@ -276,8 +300,7 @@ def _(net: Net) -> Value:
     image = net.input(1, 3, 128, 128)
 
     def block(x: Value) -> Value:
-        y = net.concat([net.conv(part, 8, 3, act="relu") for part in net.split(x, 4)])
-        return net.conv(y, 32, act=None)
+        return net.conv(net.conv(x, 32, 3, g=4, act="relu"), 32)
 
     x = net.conv(image, 32, 3)
     for _ in range(3):
@@ -362,11 +385,13 @@ def aot(net: Net) -> Value:
     x = net.conv(x, 64, 7, act="relu")
     x = net.conv(net.conv(x, 128, 4, 2, 1, act="relu"), 256, 4, 2, 1, act="relu")
     for _ in range(8):
-        y = net.concat([net.conv(x, 64, 3, d=d, act="relu") for d in (1, 2, 4, 8)])
-        y = net.conv(y, 256, 3)
-        gate = net.conv(x, 256, 3)
-        mean = net.reduce(gate, 2)
-        gate = net.act(net.mul(net.binary("sub", gate, mean)), "sigmoid")
+        parts = [net.conv(net.pad(x, 2 * d, 2 * d), 64, 3, d=d, p=0, act="relu") for d in (1, 2, 4, 8)]
+        y = net.conv(net.pad(net.concat(parts), 2, 2), 256, 3, p=0)
+        gate = net.conv(net.pad(x, 2, 2), 256, 3, p=0)
+        centered = net.binary("sub", gate, net.gap(gate))
+        deviation = net.act(net.gap(net.mul(centered, centered)), "sqrt")
+        gate = net.binary("div", net.mul(centered), deviation)
+        gate = net.act(net.mul(net.binary("sub", gate)), "sigmoid")
         x = net.add(net.mul(x, net.binary("sub", gate)), net.mul(y, gate))
     for out in (128, 64):
         x = net.conv(net.up(x, 2, "bilinear"), out, 3, act="relu")
@@ -410,6 +435,3 @@ def _(net: Net) -> Value:
     for out, k in ((32, 3), (32, 3), (16, 3), (16, 1)):
         x = net.conv(x, out, k, act="relu")
     return net.conv(x, 2)
-
-
-__all__ = ["inverted"]

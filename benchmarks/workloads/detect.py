@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.workloads import workload
-from benchmarks.workloads.classify import bottleneck, resnet18, resnet50, stem
+from benchmarks.workloads.classify import bottleneck, inverted, resnet50, stem
 from benchmarks.workloads.net import Net, Value
 
 # ------------------------------------------------------------------------------------------------------- YOLO blocks
@@ -257,14 +257,50 @@ def _(net: Net) -> list[Value]:
     return y.boxes(levels, *y.head(levels, "v11"))
 
 
+@workload("yolov9_det", "YOLOv9-Detection", "yolov9")
+def _(net: Net) -> list[Value]:
+    y = Yolo(net)
+
+    def csp(x: Value, out: int) -> Value:
+        half = out // 2
+        z = y.conv(x, half)
+        for _ in range(3):
+            z = net.add(z, y.conv(y.conv(z, half, 3), half, 3))
+        return y.conv(net.concat([z, y.conv(x, half)]), out)
+
+    def elan(x: Value, out: int, middle: int) -> Value:
+        parts = net.split(y.conv(x, middle), 2)
+        for _ in range(2):
+            parts.append(y.conv(csp(parts[-1], middle // 2), middle // 2, 3))
+        return y.conv(net.concat(parts), out)
+
+    def down(x: Value, out: int) -> Value:
+        return y.conv(net.pool(x, 2, 1, 0, "avg_pool"), out, 3, 2)
+
+    x = y.conv(y.conv(net.input(1, 3, 640, 640), 16, 3, 2), 32, 3, 2)
+    parts = net.split(y.conv(x, 32), 2)
+    for _ in range(2):
+        parts.append(y.conv(parts[-1], 16, 3))
+    x = y.conv(net.concat(parts), 32)
+    p3 = elan(down(x, 64), 64, 64)
+    p4 = elan(down(p3, 96), 96, 96)
+    x = y.conv(elan(down(p4, 128), 128, 128), 64)
+    pooled = [x]
+    for _ in range(3):
+        pooled.append(net.pool(pooled[-1], 5, 1, 2))
+    p5 = y.conv(net.concat(pooled), 128)
+    m4 = elan(net.concat([net.up(p5), p4]), 96, 96)
+    o3 = elan(net.concat([net.up(m4), p3]), 64, 64)
+    o4 = elan(net.concat([down(o3, 48), m4]), 96, 96)
+    o5 = elan(net.concat([down(o4, 64), p5]), 128, 128)
+    levels = [o3, o4, o5]
+    return y.boxes(levels, *y.head(levels, "v8"))
+
+
 @workload("yolov5", "Yolo-v5", "yolov5")
 def _(net: Net) -> list[Value]:
     y = Yolo(net)
-    x = (
-        y.conv(net.input(1, 3, 640, 640), 48, 6, 2)
-        if False
-        else net.conv(net.input(1, 3, 640, 640), 48, 6, 2, 2, act="silu")
-    )
+    x = net.conv(net.input(1, 3, 640, 640), 48, 6, 2, 2, act="silu")
     x = y.c3(y.conv(x, 96, 3, 2), 96, 2)
     p3 = y.c3(y.conv(x, 192, 3, 2), 192, 4)
     p4 = y.c3(y.conv(p3, 384, 3, 2), 384, 6)
@@ -315,20 +351,23 @@ def _(net: Net) -> list[Value]:
 def _(net: Net) -> list[Value]:
     y = Yolo(net, "relu")
 
-    def rep(x: Value, out: int, n: int) -> Value:
+    def rep(x: Value, out: int, n: int = 1, s: int = 1) -> Value:
+        """RepVGG blocks as they are trained: 3 x 3, 1 x 1 and identity, each with a batch norm."""
         for _ in range(n):
-            x = y.conv(x, out, 3)
+            total = net.add(net.conv(x, out, 3, s), net.conv(x, out, 1, s))
+            total = net.add(total, net.mul(x)) if s == 1 and x.channels == out else total
+            x = net.act(total, "relu")
         return x
 
     def fuse(x: Value, same: Value, high: Value, out: int) -> Value:
         parts = [net.deconv(x, x.channels, 2, 2), y.conv(same, out), y.conv(y.conv(high, out), out, 3, 2)]
         return y.conv(net.concat(parts), out)
 
-    x = y.conv(net.input(1, 3, 640, 640), 16, 3, 2)
-    p2 = rep(y.conv(x, 32, 3, 2), 32, 2)
-    p3 = rep(y.conv(p2, 64, 3, 2), 64, 4)
-    p4 = rep(y.conv(p3, 128, 3, 2), 128, 6)
-    x = rep(y.conv(p4, 256, 3, 2), 256, 2)
+    x = rep(net.input(1, 3, 640, 640), 16, s=2)
+    p2 = rep(rep(x, 32, s=2), 32, 2)
+    p3 = rep(rep(p2, 64, s=2), 64, 4)
+    p4 = rep(rep(p3, 128, s=2), 128, 6)
+    x = rep(rep(p4, 256, s=2), 256, 2)
     half = [y.conv(x, 128), y.conv(x, 128)]
     parts = [y.conv(y.conv(half[0], 128, 3), 128)]
     for _ in range(3):
@@ -374,6 +413,23 @@ def _(net: Net) -> list[Value]:
         x = bottleneck(net, x, 2048, 2 if j == 0 else 1, 512)
     x = net.reshape(net.gap(x), 200, 2048)
     return [net.softmax(net.linear(x, 81)), net.linear(x, 320)]
+
+
+@workload("maskrcnn", "proposal_generator", "rcnn")
+def _(net: Net) -> list[Value]:
+    laterals = [net.conv(x, 256) for x in resnet50(net, net.picture(1, 3, 800, 800))]
+    x = laterals[3]
+    levels = [net.conv(x, 256, 3)]
+    for lateral in laterals[2::-1]:
+        x = net.add(lateral, net.resize(x, lateral.shape[2:], "nearest"))
+        levels.append(net.conv(x, 256, 3))
+    levels = [*levels[::-1], net.pool(levels[0], 1, 2)]
+    scores, deltas = [], []
+    for x in levels:
+        y = net.conv(x, 256, 3, act="relu")
+        scores.append(net.reshape(net.transpose(net.conv(y, 3), 0, 2, 3, 1), 1, -1, 1))
+        deltas.append(net.reshape(net.transpose(net.conv(y, 12), 0, 2, 3, 1), 1, -1, 4))
+    return [*levels[:4], net.concat(scores, 1), net.concat(deltas, 1)]
 
 
 # -------------------------------------------------------------------------------------------------------------- pose
@@ -452,8 +508,6 @@ def _(net: Net) -> list[Value]:
 
 @workload("movenet", "Movenet", "mobilenet")
 def _(net: Net) -> list[Value]:
-    from benchmarks.workloads.classify import inverted
-
     x = net.conv(net.input(1, 3, 192, 192), 32, 3, 2, act="relu6")
     kept = []
     for t, c, n, s in (
@@ -476,8 +530,19 @@ def _(net: Net) -> list[Value]:
     heads = []
     for out in (1, 17, 34, 34):
         heads.append(net.conv(net.conv(net.dw(x, 3), 96, act="relu"), out))
-    center = net.mul(net.act(heads[0], "sigmoid"))
-    return [net.reduce(net.reshape(center, 1, -1), 1, "argmax"), *heads[1:]]
+    center = net.reduce(net.reshape(net.mul(net.act(heads[0], "sigmoid")), 1, -1), 1, "argmax")
+    keypoints, regression, offsets = (net.transpose(head, 0, 2, 3, 1) for head in heads[1:])
+    picked = net.emit("gather", [net.reshape(regression, 2304, 34), center], (1, 1, 34))
+    squares = []
+    for i in range(2):
+        at = net.reshape(net.add(net.slice(net.reshape(picked, 1, 17, 2), i, i + 1, 2), center), 1, 1, 1, 17)
+        away = net.emit("sub", [at], (1, 48, 48, 17))
+        squares.append(net.mul(away, away))
+    distance = net.add(net.act(net.add(*squares), "sqrt"))
+    scores = net.reshape(net.binary("div", net.act(keypoints, "sigmoid"), distance), 1, 2304, 17)
+    best = net.reduce(scores, 1, "argmax")
+    parts = [net.emit("gather", [net.reshape(x, 2304, -1), best], (1, 17, n)) for x, n in ((offsets, 2), (scores, 1))]
+    return [net.mul(net.concat(parts, 2))]
 
 
 @workload("resnet34_ssd1200", "ResNet34-SSD", "ssd")
@@ -497,6 +562,3 @@ def _(net: Net) -> list[Value]:
         boxes.append(net.reshape(net.conv(x, count * 4, 3, s), 1, 4, -1))
         scores.append(net.reshape(net.conv(x, count * 81, 3, s), 1, 81, -1))
     return [net.concat(boxes, 2), net.softmax(net.concat(scores, 2), 1)]
-
-
-__all__ = ["resnet18", "resnet50"]

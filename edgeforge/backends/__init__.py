@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +16,8 @@ from edgeforge.ir.graph import Graph
 from edgeforge.target import Target
 
 Codes = Mapping[str, np.ndarray]
+#: One run of an artifact: codes in, codes out, for the batch that the graph declares.
+Step = Callable[[Codes], Mapping[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,12 @@ class Artifact:
 
 
 class Backend(Protocol):
-    """``numerics``: the profile of its runtime (fixed.PROFILES), or "" for the target's own."""
+    """``numerics``: the profile of its runtime (fixed.PROFILES), or "" for the target's own. ``emulated``: what runs
+    here emulates the device, its times say nothing."""
 
     name: str
     numerics: str
+    emulated: bool
     summary: str
 
     def missing(self) -> str:
@@ -64,6 +69,13 @@ class Backend(Protocol):
 
     def run(self, folder: Path, graph: Graph, target: Target, feeds: Codes) -> dict[str, np.ndarray]:
         """Output codes of the artifact for input codes ``feeds`` (any batch), by value name of ``graph``."""
+        ...
+
+    def opened(
+        self, folder: Path, graph: Graph, target: Target, threads: int | None = None
+    ) -> AbstractContextManager[Step]:
+        """The artifact, loaded once for many runs. threads: None is the runtime's own choice; emulators take no notice
+        of it."""
         ...
 
 

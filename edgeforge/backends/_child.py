@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -61,14 +65,63 @@ def run_in_child(
         return load_arrays(paths["outputs"])
 
 
-def save_arrays(path: str, arrays: Mapping[str, np.ndarray]) -> None:
+@contextmanager
+def served(
+    name: str, module: str, request: Mapping[str, Any], environment: Mapping[str, str] | None = None
+) -> Iterator[Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]]:
+    """A child that answers one set of feeds after another (see `serve`) until the block ends.
+
+    Raises BackendFailed when it fails or aborts, with the telling lines of its log and the log's path."""
+    log = new_log(name)
+    ours, theirs = socket.socketpair()
+    with tempfile.TemporaryDirectory(prefix="edgeforge-") as folder, log.open("ab") as stream:
+        file = Path(folder) / "request.json"
+        file.write_text(json.dumps({**request, "socket": theirs.fileno()}))
+        child = subprocess.Popen(
+            [sys.executable, "-m", module, str(file)],
+            stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=environment, pass_fds=[theirs.fileno()],
+        )  # fmt: skip
+        theirs.close()
+        line = Connection(ours.detach())
+
+        def step(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            try:
+                line.send_bytes(_packed(feeds))
+                return load_arrays(io.BytesIO(line.recv_bytes()))
+            except (EOFError, OSError):
+                how = f"exit code {child.wait()}"
+                raise BackendFailed(f"{name}: stopped with {how}; log: {log}\n{telling_lines(log)}") from None
+
+        try:
+            yield step
+        finally:
+            line.close()
+            child.wait(TIMEOUT_S)
+    log.unlink()
+
+
+def serve(descriptor: int, step: Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]]) -> None:
+    """The child's side of `served`: answer until the parent hangs up."""
+    line = Connection(descriptor)
+    with suppress(EOFError):
+        while True:
+            line.send_bytes(_packed(step(load_arrays(io.BytesIO(line.recv_bytes())))))
+
+
+def _packed(arrays: Mapping[str, np.ndarray]) -> bytes:
+    stream = io.BytesIO()
+    save_arrays(stream, arrays)
+    return stream.getvalue()
+
+
+def save_arrays(path: str | IO[bytes], arrays: Mapping[str, np.ndarray]) -> None:
     """Arrays with any names (value names may hold what a zip member's must not)."""
     names = list(arrays)
     listed = {f"a{i}": arrays[name] for i, name in enumerate(names)}
     np.savez(path, **{"names": np.array(names)}, **listed)  # type: ignore[arg-type]
 
 
-def load_arrays(path: str) -> dict[str, np.ndarray]:
+def load_arrays(path: str | IO[bytes]) -> dict[str, np.ndarray]:
     with np.load(path) as file:
         return {str(name): file[f"a{i}"] for i, name in enumerate(file["names"])}
 

@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from executorch.backends.qualcomm._passes import AnnotateQuantAttrs, FuseConsecutiveCast, RemoveRedundancy, TagQuantIO
+from executorch.backends.qualcomm._passes import (
+    AnnotateQuantAttrs,
+    ConvertLinearToConv2d,
+    FuseConsecutiveCast,
+    RemoveRedundancy,
+    TagQuantIO,
+)
 from executorch.backends.qualcomm._passes.qnn_pass_manager import get_qnn_pass_manager_cls
 from executorch.backends.qualcomm.builders.node_visitor import dq_ops, q_ops
 from executorch.backends.qualcomm.builders.utils import deduce_dtype
@@ -51,7 +57,8 @@ def compile_program(request: Mapping[str, Any]) -> None:
         soc_model=getattr(QcomChipset, request["soc"]), backend_options=generate_htp_compiler_spec(use_fp16=False)
     )
     PASSES.get_preprocess_passes = classmethod(_preprocess_passes)  # type: ignore[method-assign]
-    edge = to_edge_transform_and_lower_to_qnn(traced, inputs, spec, **_passes())
+    blocks = any(value.type.q is not None and value.type.q.block is not None for value in graph.constants())
+    edge = to_edge_transform_and_lower_to_qnn(traced, inputs, spec, **_passes(blocks))
     lowered = edge.exported_program().graph_module
     calls = [str(n.target) for n in lowered.graph.nodes if n.op == "call_function"]
     outside = [call for call in calls if "getitem" not in call and "executorch_call_delegate" not in call]
@@ -81,10 +88,14 @@ class SeparateRequantize(ExportPass):
         return PassResult(graph_module, True)
 
 
-def _passes() -> dict[str, Any]:
-    """ExecuTorch's passes, with the one that marks graph inputs and outputs as integers, and ours."""
+def _passes(blocks: bool) -> dict[str, Any]:
+    """ExecuTorch's passes, with the one that marks graph inputs and outputs as integers, and ours.
+
+    blocks: linears become 1x1 convolutions, for HTP creates no fully connected layer with block-wise weights and more
+    outputs than inputs (seen from 320 outputs on, QNN 2.49)."""
     job, order = PASSES.get_capture_program_passes(), PASSES.get_passes_dependency_for_capture_program()
     job[TagQuantIO][QCOM_PASS_ACTIVATE_KEY] = True
+    job[ConvertLinearToConv2d][QCOM_PASS_ACTIVATE_KEY] = blocks
     job[TagQuantIO][QCOM_PASS_ARGS_KWARGS_DEFAULTS_KEY]["get_quant_io_dtype_fn"] = _boundary_dtype
     job[SeparateRequantize] = {QCOM_PASS_ACTIVATE_KEY: True, QCOM_PASS_ARGS_KWARGS_DEFAULTS_KEY: {}}
     order[AnnotateQuantAttrs] = [*order[AnnotateQuantAttrs], SeparateRequantize]

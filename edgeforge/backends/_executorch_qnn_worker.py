@@ -2,6 +2,7 @@
 
     {"action": "compile", "graph": .txt, "arrays": .npz, "soc": "SM8650", "pte": .pte}
     {"action": "run", "pte": .pte, "feeds": .npz, "outputs": .npz, "inputs": [...], "results": [...], "sizes": {...}}
+    {"action": "serve", "pte": .pte, "inputs": [...], "results": [...], "socket": 5}
 
 QNN_SDK_ROOT and LD_LIBRARY_PATH must be set when the process starts. Exit code 0, or an exception on stderr."""
 
@@ -9,28 +10,32 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from edgeforge.backends._child import in_batches, load_arrays, save_arrays
+from edgeforge.backends._child import in_batches, load_arrays, save_arrays, serve
 
 
-def run_program(request: Mapping[str, Any]) -> None:
+def opened(request: Mapping[str, Any]) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
     from executorch.runtime import Runtime
 
     # The program must outlive its method: the runtime keeps no reference.
     program = Runtime.get().load_program(Path(request["pte"]).read_bytes())
     method = program.load_method("forward")
 
-    def step(piece: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def step(piece: dict[str, np.ndarray], program: Any = program) -> dict[str, np.ndarray]:
         outputs = method.execute([_tensor(piece[name]) for name in request["inputs"]])
         return {name: y.numpy().copy() for name, y in zip(request["results"], outputs, strict=True)}
 
-    save_arrays(request["outputs"], in_batches(step, request["sizes"], load_arrays(request["feeds"])))
+    return step
+
+
+def run_program(request: Mapping[str, Any]) -> None:
+    save_arrays(request["outputs"], in_batches(opened(request), request["sizes"], load_arrays(request["feeds"])))
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
@@ -44,6 +49,8 @@ def main() -> None:
         request = json.load(stream)
     if request["action"] == "run":
         run_program(request)
+    elif request["action"] == "serve":
+        serve(request["socket"], opened(request))
     else:
         # Only here: the lowering's imports take several seconds.
         from edgeforge.backends._executorch_qnn_lowering import compile_program

@@ -2,7 +2,7 @@
 
 Found by compiling each form with QNN 2.49 (soc_model 57) with the CPU fallback disabled; a form that is not taken in
 integers is either refused or, silently, computed in float16 between a Dequantize and a Quantize: so are all operations
-whose activations differ in width, products with a uint8 second operand apart."""
+whose activations differ in width, products with a uint8 second operand apart (see edgeforge/quantize/widths.py)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import numpy as np
 
 from edgeforge.backends import Edit
 from edgeforge.errors import Reason
-from edgeforge.ir.fixed import clamp_codes
 from edgeforge.ir.graph import Graph, Node
-from edgeforge.ir.op import ACT, OPS
+from edgeforge.ir.op import OPS
 from edgeforge.ir.rules import averages_apart, covers_image
 from edgeforge.ir.types import RANGE, QParams, TensorType, Value
 from edgeforge.target import Target
@@ -53,7 +52,7 @@ def prepare(graph: Graph, target: Target) -> tuple[Graph, tuple[Edit, ...]]:
     """The graph in forms that Hexagon computes in integers, and every change. Names of inputs and outputs stay; the new
     nodes carry no rounding constants (`with_profile` adds them)."""
     edits: list[Edit] = []
-    for step in (_split_silu, _layer_norm, _average, _pad, _flat, _equal_widths, _transpose):
+    for step in (_split_silu, _layer_norm, _average, _pad, _flat, _transpose):
         editor = _Editor(graph)
         for node in graph.nodes:
             step(editor, node)
@@ -152,57 +151,6 @@ def _flat(e: _Editor, node: Node) -> None:
     e.put(Node("reshape", node.inputs[:1], f"{name}.in", {"shape": flat.shape}, node.source), flat)
     e.put(replace(node, inputs=(f"{name}.in", *node.inputs[1:]), output=name), out)
     e.put(Node("reshape", (name,), node.output, {"shape": y.shape}, node.source))
-
-
-def _widened(kind: TensorType) -> TensorType:
-    """The 16-bit encoding whose codes are 256 times the 8-bit ones: the same real numbers, exactly."""
-    assert kind.q is not None
-    return TensorType(kind.shape, "u16", QParams(kind.q.scale / np.float32(256), kind.q.zero * 256))
-
-
-def _equal_widths(e: _Editor, node: Node) -> None:
-    """y: u16 = op(a: u16, b: u8)   =>   b16 = requantize(b) (codes times 256); y = op(a, b16)
-    y: u8 = op(a: u16)          =>   y16: u16 = op(a); y = requantize(y16)"""
-    op, out = OPS[node.op], e.graph.type(node.output)
-    first_only = op.numerics in ("dot", "norm")
-    acts = [i for i in range(len(node.inputs)) if op.port(i).role == ACT and not (first_only and i)]
-    widths = {e.graph.type(node.inputs[i]).dtype for i in acts} | {out.dtype}
-    if op.numerics == "move" or node.op == "requantize" or len(widths) == 1:
-        e.put(node)
-        return
-    names = list(node.inputs)
-    for i in acts:
-        value = e.graph.values[names[i]]
-        if value.type.dtype == "u8":
-            wide = _widened(value.type)
-            if value.data is not None:
-                names[i] = e.const(f"{names[i]}.wide", wide, value.data.astype(np.uint16) * np.uint16(256))
-            else:
-                made = f"{node.output}.input{i}"
-                names[i] = e.put(Node("requantize", (names[i],), made, {}, node.source), wide)
-            if op.numerics == "dot" and len(names) == 3:
-                names[2] = _finer_bias(e, node)
-    what = "8-bit inputs widened (codes times 256)"
-    if out.dtype == "u16":
-        e.put(replace(node, inputs=tuple(names)))
-    else:
-        attrs = dict(node.attrs)
-        if clamp_codes(e.graph.view(node)) == RANGE["u8"]:
-            attrs.pop("clamp", None)
-        made = f"{node.output}.output16"
-        e.put(replace(node, inputs=tuple(names), output=made, attrs=attrs), _widened(out))
-        e.put(Node("requantize", (made,), node.output, {}, node.source))
-        what = "computed with a 16-bit output, then requantized"
-    e.note(node, what, "HTP computes mixed widths in float16")
-
-
-def _finer_bias(e: _Editor, node: Node) -> str:
-    """The bias at 1/256 of its scale, as a widened input demands."""
-    bias = e.graph.values[node.inputs[2]]
-    assert bias.data is not None and bias.type.q is not None
-    codes = np.clip(bias.data.astype(np.int64) * 256, *RANGE["i32"]).astype(np.int32)
-    q = replace(bias.type.q, scale=bias.type.q.scale / np.float32(256))
-    return e.const(f"{bias.name}.finer", replace(bias.type, q=q), codes)
 
 
 def _transpose(e: _Editor, node: Node) -> None:

@@ -2,6 +2,7 @@
 
     {"action": "compile", "model": QDQ.onnx, "context": EPContext.onnx, "soc": 57, "options": {...}, "dump": folder}
     {"action": "run", "model": .onnx, "soc": 57, "options": {...}, "feeds": .npz, "outputs": .npz, "sizes": {...}}
+    {"action": "serve", "model": .onnx, "soc": 57, "options": {...}, "socket": 5}
 
 Exit code 0, or an exception on stderr; native aborts are seen by the parent."""
 
@@ -9,13 +10,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import onnxruntime_qnn
 
-from edgeforge.backends._child import in_batches, load_arrays, save_arrays
+from edgeforge.backends._child import in_batches, load_arrays, save_arrays, serve
 
 PROVIDER = "QNNExecutionProvider"
 
@@ -44,18 +46,23 @@ def compile_context(request: Mapping[str, Any]) -> None:
         onnxruntime.InferenceSession(stream.read(), options)
 
 
-def run(request: Mapping[str, Any]) -> None:
+def opened(request: Mapping[str, Any]) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
     session = onnxruntime.InferenceSession(request["model"], session_options(request["soc"], request["options"]))
     names = [output.name for output in session.get_outputs()]
-    feeds = load_arrays(request["feeds"])
-    made = in_batches(lambda piece: dict(zip(names, session.run(names, piece), strict=True)), request["sizes"], feeds)
-    save_arrays(request["outputs"], made)
+    return lambda feeds: dict(zip(names, session.run(names, feeds), strict=True))
+
+
+def run(request: Mapping[str, Any]) -> None:
+    save_arrays(request["outputs"], in_batches(opened(request), request["sizes"], load_arrays(request["feeds"])))
 
 
 def main() -> None:
     with open(sys.argv[1]) as stream:
         request = json.load(stream)
-    {"compile": compile_context, "run": run}[request["action"]](request)
+    if request["action"] == "serve":
+        serve(request["socket"], opened(request))
+    else:
+        {"compile": compile_context, "run": run}[request["action"]](request)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,16 @@ import importlib.metadata
 import importlib.util
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from edgeforge.backends import Artifact, Codes, Edit, _htp
-from edgeforge.backends._child import in_child, run_in_child, save_arrays
+from edgeforge.backends import Artifact, Codes, Edit, Step, _htp
+from edgeforge.backends._child import in_child, run_in_child, save_arrays, served
 from edgeforge.backends.executorch_xnnpack import wrong_executorch
 from edgeforge.backends.ort_qnn import BACKEND as ORT_QNN
 from edgeforge.errors import Reason
@@ -34,6 +35,7 @@ WORKER = "edgeforge.backends._executorch_qnn_worker"
 class ExecutorchQnn:
     name = "executorch_qnn"
     numerics = ""
+    emulated = True
     summary = "ExecuTorch program with a context binary for the Hexagon NPU; runs on Qualcomm's HTP emulator"
 
     def missing(self) -> str:
@@ -65,15 +67,25 @@ class ExecutorchQnn:
 
     def run(self, folder: Path, graph: Graph, target: Target, feeds: Codes) -> dict[str, np.ndarray]:
         check_feeds(graph, feeds)  # the runtime answers a wrong dtype with a segmentation fault
-        request = {
-            "action": "run",
-            "pte": str(folder / MODEL),
-            "inputs": list(graph.inputs),
-            "results": list(graph.outputs),
-            "sizes": {name: graph.type(name).shape[0] for name in graph.inputs},
-        }
+        sizes = {name: graph.type(name).shape[0] for name in graph.inputs}
+        request = {"action": "run", "sizes": sizes, **_program(folder, graph)}
         with qnn_sdk() as environment:
             return run_in_child(self.name, WORKER, request, feeds, environment)
+
+    @contextmanager
+    def opened(self, folder: Path, graph: Graph, target: Target, threads: int | None = None) -> Iterator[Step]:
+        request = {"action": "serve", **_program(folder, graph)}
+        with qnn_sdk() as environment, served(self.name, WORKER, request, environment) as answer:
+
+            def step(feeds: Codes) -> Mapping[str, np.ndarray]:
+                check_feeds(graph, feeds)
+                return answer(feeds)
+
+            yield step
+
+
+def _program(folder: Path, graph: Graph) -> dict[str, Any]:
+    return {"pte": str(folder / MODEL), "inputs": list(graph.inputs), "results": list(graph.outputs)}
 
 
 def _explicit_pads(graph: Graph) -> tuple[Graph, tuple[Edit, ...]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeforge.backends import Artifact, Codes, Edit
+from edgeforge.backends import Artifact, Codes, Edit, Step
 from edgeforge.backends._child import in_batches
 from edgeforge.backends._log import new_log, redirected, telling_lines
 from edgeforge.errors import BackendFailed, Reason
@@ -43,6 +43,7 @@ def wrong_executorch() -> str:
 class ExecutorchXnnpack:
     name = "executorch_xnnpack"
     numerics = "xnnpack"
+    emulated = False
     summary = "ExecuTorch program with XNNPACK's int8 kernels; what has none is a float island"
 
     def missing(self) -> str:
@@ -74,20 +75,32 @@ class ExecutorchXnnpack:
         return Artifact((MODEL,), edits=_edits(graph), islands=islands(graph))
 
     def run(self, folder: Path, graph: Graph, target: Target, feeds: Codes) -> dict[str, np.ndarray]:
+        sizes = {name: graph.type(name).shape[0] for name in graph.inputs}
+        with self.opened(folder, graph, target) as step:
+            return in_batches(step, sizes, feeds)
+
+    @contextmanager
+    def opened(self, folder: Path, graph: Graph, target: Target, threads: int | None = None) -> Iterator[Step]:
         with _quiet(self.name):
+            from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
             from executorch.runtime import Runtime
 
+            if threads is not None:
+                _unsafe_reset_threadpool(threads)
             # The program must outlive its method: the runtime keeps no reference.
             program = Runtime.get().load_program((folder / MODEL).read_bytes())
             method = program.load_method("forward")
 
-            def step(piece: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-                results = method.execute([_entering(graph.type(name), piece[name]) for name in graph.inputs])
-                return {
-                    name: _leaving(graph.type(name), y.numpy()) for name, y in zip(graph.outputs, results, strict=True)
-                }
+        def step(piece: Codes) -> dict[str, np.ndarray]:
+            # Not under `_quiet`: that takes longer than a small model, and benchmarks time this.
+            try:
+                results = method.execute([entering(graph.type(name), piece[name]) for name in graph.inputs])
+            except RuntimeError as error:
+                raise BackendFailed(f"{self.name}: {error}") from error
+            named = zip(graph.outputs, results, strict=True)
+            return {name: leaving(graph.type(name), y.numpy()) for name, y in named}
 
-            return in_batches(step, {name: graph.type(name).shape[0] for name in graph.inputs}, feeds)
+        yield step
 
 
 def _lower(graph: Graph) -> bytes:
@@ -130,7 +143,7 @@ def _edits(graph: Graph) -> tuple[Edit, ...]:
     return tuple(edits)
 
 
-def _entering(kind: TensorType, codes: np.ndarray) -> Any:
+def entering(kind: TensorType, codes: np.ndarray) -> Any:
     """Codes as the program takes them: int8, float32 for 16-bit values, int64 for ids."""
     import torch
 
@@ -141,7 +154,7 @@ def _entering(kind: TensorType, codes: np.ndarray) -> Any:
     return torch.from_numpy(np.ascontiguousarray(codes if kind.q is None else kind.q.dequantize(codes)))
 
 
-def _leaving(kind: TensorType, result: np.ndarray) -> np.ndarray:
+def leaving(kind: TensorType, result: np.ndarray) -> np.ndarray:
     """The graph's codes of what the program returns (a copy: the runtime reuses its memory)."""
     from edgeforge.dialects.pt2e import unsigned
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgeforge.backends import Artifact, Codes
+from edgeforge.backends import Artifact, Codes, Step
 from edgeforge.backends._child import in_batches
 from edgeforge.errors import Reason
 from edgeforge.ir.graph import Graph
@@ -25,6 +27,7 @@ OPTIONS = {"session.qdq_matmulnbits_accuracy_level": "1", "session.x64quantpreci
 class OnnxQdq:
     name = "onnx_qdq"
     numerics = "ort-cpu"
+    emulated = False
     summary = "QDQ model, opset 23, run by ONNX Runtime on the CPU"
 
     def missing(self) -> str:
@@ -46,17 +49,21 @@ class OnnxQdq:
         return Artifact(files=write_onnx(to_onnx(graph), folder / MODEL), options=OPTIONS)
 
     def run(self, folder: Path, graph: Graph, target: Target, feeds: Codes) -> dict[str, np.ndarray]:
-        session = self.session(folder / MODEL)
-        outputs = list(graph.outputs)
         sizes = {name: graph.type(name).shape[0] for name in graph.inputs}
-        return in_batches(lambda piece: dict(zip(outputs, session.run(outputs, piece), strict=True)), sizes, feeds)
+        with self.opened(folder, graph, target) as step:
+            return in_batches(step, sizes, feeds)
 
-    def session(self, model: Path) -> Any:
+    @contextmanager
+    def opened(self, folder: Path, graph: Graph, target: Target, threads: int | None = None) -> Iterator[Step]:
+        session, outputs = self.session(folder / MODEL, threads), list(graph.outputs)
+        yield lambda feeds: dict(zip(outputs, session.run(outputs, dict(feeds)), strict=True))
+
+    def session(self, model: Path, threads: int | None = None) -> Any:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        options.intra_op_num_threads = min(4, os.cpu_count() or 1)
+        options.intra_op_num_threads = threads or min(4, os.cpu_count() or 1)
         for key, value in OPTIONS.items():
             options.add_session_config_entry(key, value)
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -10,12 +10,14 @@ import json
 import platform
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from edgeforge.backends import Artifact, Codes, Edit, _htp
-from edgeforge.backends._child import in_child, run_in_child
+from edgeforge.backends import Artifact, Codes, Edit, Step, _htp
+from edgeforge.backends._child import in_child, run_in_child, served
 from edgeforge.errors import BackendFailed, Reason
 from edgeforge.ir.graph import Graph
 from edgeforge.target import Target
@@ -33,6 +35,7 @@ OPTIONS = {"htp_graph_finalization_optimization_mode": "3"}
 class OrtQnn:
     name = "ort_qnn"
     numerics = ""
+    emulated = True
     summary = "context binary for the Hexagon NPU; runs on Qualcomm's HTP emulator (x86-64 Linux)"
 
     def missing(self) -> str:
@@ -79,6 +82,13 @@ class OrtQnn:
 
     def run(self, folder: Path, graph: Graph, target: Target, feeds: Codes) -> dict[str, np.ndarray]:
         return self._run(folder / CONTEXT, graph, target, feeds)
+
+    @contextmanager
+    def opened(self, folder: Path, graph: Graph, target: Target, threads: int | None = None) -> Iterator[Step]:
+        assert target.soc is not None
+        request = {"model": str(folder / CONTEXT), "soc": target.soc.model, "options": OPTIONS}
+        with served(self.name, WORKER, {"action": "serve", **request}) as step:
+            yield step
 
     def evaluate(self, graph: Graph, target: Target, feeds: Codes) -> dict[str, np.ndarray]:
         """Output codes of ``graph`` without an artifact: one session compiles and runs the QDQ model."""

@@ -20,7 +20,7 @@ from edgeforge.ir.rules import RULES
 from edgeforge.ir.rules.htp_unary import MEASURED
 from edgeforge.ir.text import print_graph, tensors
 from edgeforge.measured import measure
-from edgeforge.quantize.convert import with_profile
+from edgeforge.quantize.convert import as_computed, with_profile
 from edgeforge.sim.evaluate import simulate
 from edgeforge.sim.parity import parity
 from edgeforge.target import Target
@@ -99,6 +99,8 @@ def conformance(
         for start in range(0, len(rows), together):
             part = rows[start : start + together]
             cases = [make_case(op, precision, k, seed, forced) for op, precision in part for k in range(samples)]
+            if forced is not None:
+                cases = [replace(case, graph=as_computed(case.graph, target)) for case in cases]
             made = outcomes(chosen, child, target, cases)
             for key in part:
                 mine = [outcome for outcome in made if outcome.case.row == key]

@@ -17,9 +17,10 @@ import yaml
 
 from edgeforge.errors import InvalidInput
 from edgeforge.estimate.estimate import priced
-from edgeforge.estimate.fit import CHIP_SIZE, NAMES, Samples, chip_rates, fit_chip, predict
+from edgeforge.estimate.fit import CHIP_KEYS, Samples, chip_rates, fit_chip, predict
+from edgeforge.estimate.latency import NAMES
 from edgeforge.estimate.program import Program
-from edgeforge.estimate.work import GROUPS, PRECISIONS, TERMS
+from edgeforge.estimate.work import PRECISIONS, TERMS
 from edgeforge.target import Target
 
 COLUMNS = ("model", "precision", "latency_ms")
@@ -120,12 +121,10 @@ def calibrate(target: Target, points: Sequence[Point], programs: Mapping[str, Pr
 
 def factors_of(chip: np.ndarray) -> dict[str, dict[str, float]]:
     """A fitted chip in the form of `Latency.factors`."""
-    assert len(chip) == CHIP_SIZE
-    values = iter(np.exp(chip))
-    return {
-        part: {name: float(f"{next(values):.4g}") for name in names}
-        for part, names in (("all", ("all",)), ("group", tuple(GROUPS)), ("precision", NAMES), ("term", TERMS))
-    }
+    found: dict[str, dict[str, float]] = {}
+    for (part, key), value in zip(CHIP_KEYS, np.exp(chip), strict=True):
+        found.setdefault(part, {})[key] = float(f"{value:.4g}")
+    return found
 
 
 def write_latency(path: Path, block: Mapping[str, Any]) -> None:

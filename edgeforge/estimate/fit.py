@@ -1,30 +1,29 @@
 """Fits the latency model to measurements, in log space, with robust (Cauchy) weights and Gaussian priors.
 
 Two levels. The rates of all terms per precision are fitted to one time per (workload, precision), the measurements of
-all chips brought to a common chip. A chip then needs few numbers: one factor per group of terms and one per precision;
-they are fitted to the chip's measurements relative to what the same workloads need elsewhere, so that what the rates
+all chips brought to a common chip. A chip then needs few numbers: factors (see `latency.FACTORS`), which
+are fitted to the chip's measurements relative to what the same workloads need elsewhere, so that what the rates
 get wrong about a workload does not disturb them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from edgeforge.estimate.latency import overlapped
+from edgeforge.estimate.latency import FACTORS, NAMES, factor_keys, overlapped
 from edgeforge.estimate.program import Program
-from edgeforge.estimate.work import DDR, GROUPS, OVERHEAD, TERMS, Precision, stretches, summed, works
+from edgeforge.estimate.work import DDR, MOVE, OVERHEAD, TERMS, Precision, stretches, summed, works
 
 Array = np.ndarray
 
-NAMES = ("float", "w8a8", "w8a16")
 #: Where rates start: microseconds per million MACs, thousand elements, layer, matrix and kB; a 2023 phone NPU at w8a16.
 START = {
     "conv": 0.07, "point": 0.1, "stem": 0.6, "dilated": 0.14, "grouped": 0.1, "depthwise": 1.5, "transposed": 0.07,
     "volume": 0.15, "dense": 0.1, "attend": 0.12, "ragged": 0.03, "feed": 0.0015, "add": 0.005, "mul": 0.006,
     "scale": 0.006, "curve": 0.012, "softmax": 0.025, "norm": 0.1, "pool": 0.005, "resize": 0.008, "reduce": 0.01,
-    "exotic": 0.03, "copy": 0.004, "permute": 0.01, "relayout": 0.006, "high_rank": 0.015, "input": 0.3,
+    "exotic": 0.03, "copy": 0.004, "permute": 0.01, "relayout": 0.006, "high_rank": 0.015, "input": 0.1,
     "output": 0.03, "image": 0.2, "graph": 60.0, "mac_op": 1.0, "vector_op": 1.0, "move_op": 1.0, "batch_op": 0.3,
     "weights": 0.018, "spill": 0.012,
 }  # fmt: skip
@@ -34,8 +33,9 @@ SHIFT = {
         "conv": 0.7, "point": 0.7, "dilated": 0.7, "grouped": 0.3, "stem": 0.3, "dense": 0.4, "attend": 0.2, "feed": 0.3
     },
     "w8a8": {
-        "conv": -0.7, "point": -0.6, "dilated": -0.7, "grouped": -0.3, "stem": -0.3, "dense": -0.2, "feed": -0.3,
-        "add": -0.3, "curve": -0.5, "input": -0.5, "output": -0.5,
+        "conv": -0.7, "point": -0.6, "dilated": -0.7, "grouped": -0.3, "stem": -0.3, "dense": -0.2, "curve": -0.5,
+        "input": -0.5, "output": -0.5,
+        **dict.fromkeys((*MOVE, "feed", "add", "mul", "scale", "pool", "resize", "reduce"), -0.6),
     },
     "w8a16": {},
 }  # fmt: skip
@@ -43,21 +43,25 @@ SHIFT = {
 WIDE, DEVIATION = 0.5, 0.5
 TIGHT = {"graph": 0.6, "mac_op": 0.6, "vector_op": 0.6, "move_op": 0.6, "weights": 0.6, "spill": 0.6, "input": 0.6,
          "dilated": 0.4}  # fmt: skip
-TIGHT_DEVIATION = {**TIGHT, "input": 0.5, "dilated": 0.25}
-CAUCHY = 0.06
+#: Traffic and fixed costs hardly depend on the precision once its bytes are counted.
+TIGHT_DEVIATION = {
+    "graph": 0.2, "mac_op": 0.3, "vector_op": 0.3, "move_op": 0.3, "batch_op": 0.5, "weights": 0.2, "spill": 0.2,
+    "input": 0.5, "dilated": 0.25,
+    **dict.fromkeys((*MOVE, "add", "mul", "scale", "pool", "resize", "reduce"), 0.4),
+}  # fmt: skip
+CAUCHY = 0.12
 #: Weight of the measurements of one (workload, precision) against the priors.
 TRUST = 2.0
-CHIP_SPREAD = {"all": 1.0, "group": 0.35, "precision": 0.25, "term": 0.25}
+CHIP_SPREAD = {"all": 1.0, "group": 0.35, "compute": 0.25, "vector": 0.25, "term": 0.25}
 
 IS_DDR = np.array([term in DDR for term in TERMS])
 IS_OVERHEAD = np.array([term in OVERHEAD for term in TERMS])
 IS_COMPUTE = ~(IS_DDR | IS_OVERHEAD)
-GROUP = np.array([next(i for i, terms in enumerate(GROUPS.values()) if term in terms) for term in TERMS])
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Workloads at a precision: amounts of every stretch [stretches, terms] and the sample each belongs to."""
+    """Workloads at a precision: amounts of every stretch [stretches, terms] and the sample each belongs to (rising)."""
 
     amounts: Array
     sample: Array
@@ -85,11 +89,9 @@ def predict(samples: Samples, rates: Array) -> tuple[Array, Array]:
     body, by_compute, by_ddr = overlapped(parts[:, IS_COMPUTE].sum(1), parts[:, IS_DDR].sum(1))
     parts[:, IS_COMPUTE] *= by_compute[:, None]
     parts[:, IS_DDR] *= by_ddr[:, None]
-    n = len(samples.precision)
-    total = np.bincount(samples.sample, body + parts[:, IS_OVERHEAD].sum(1), n)
-    share = np.zeros((n, len(TERMS)))
-    np.add.at(share, samples.sample, parts)
-    return np.log(total), share / total[:, None]
+    first = np.searchsorted(samples.sample, np.arange(len(samples.precision)))
+    total = np.add.reduceat(body + parts[:, IS_OVERHEAD].sum(1), first)
+    return np.log(total), np.add.reduceat(parts, first) / total[:, None]
 
 
 def start_rates() -> Array:
@@ -110,12 +112,10 @@ def _prior() -> Array:
     return np.concatenate([wide, *[deviation] * len(NAMES)])
 
 
-def fit_base(samples: Samples, log_us: Array, theta: Array | None = None, steps: int = 25) -> Array:
-    """Rates of all precisions; ``theta``: where to start (a previous fit). Gauss-Newton, annealed when cold."""
+def fit_base(samples: Samples, log_us: Array, steps: int = 40) -> Array:
+    """Parameters of the rates of all precisions: Gauss-Newton, with weights that become robust step by step."""
     k, n = len(TERMS), len(log_us)
-    scale = 0.5 if theta is None else CAUCHY
-    theta = np.zeros((1 + len(NAMES), k)) if theta is None else theta.copy()
-    prior = _prior()
+    theta, scale, prior = np.zeros((1 + len(NAMES), k)), 0.5, _prior()
     for _ in range(steps):
         predicted, share = predict(samples, base_rates(theta)[samples.precision])
         error = log_us - predicted
@@ -146,37 +146,34 @@ def _cauchy(error: Array, scale: float) -> Array:
 
 # -------------------------------------------------------------------------------------------------------------- chips
 
-#: A chip's parameters (log factors): one for all terms, one per group, per precision, per term; each with its prior.
-CHIP_SIZE = 1 + len(GROUPS) + len(NAMES) + len(TERMS)
-CHIP_PRIOR = np.repeat(list(CHIP_SPREAD.values()), [1, len(GROUPS), len(NAMES), len(TERMS)])
-_PRECISION, _TERM = 1 + len(GROUPS), 1 + len(GROUPS) + len(NAMES)
+#: A chip's parameters, in order: (part, key) as in `Latency.factors`.
+CHIP_KEYS = [(part, key) for part, keys in FACTORS.items() for key in keys]
+CHIP_PRIOR = np.array([CHIP_SPREAD[part] for part, _ in CHIP_KEYS])
+#: 1 where a parameter applies: [precisions, parameters, terms]
+APPLIES = np.array(
+    [[[float(factor_keys(name, term).get(part) == key) for term in TERMS] for part, key in CHIP_KEYS] for name in NAMES]
+)
 
 
 def chip_rates(base: Array, chip: Array, precision: Array) -> Array:
-    """log rates [n, terms] on a chip, for precision numbers [n]."""
-    shared = chip[0] + chip[1 + GROUP] + chip[_TERM:]
-    return base[precision] + shared + chip[_PRECISION + precision][:, None]
+    """log rates [n, terms] on a chip with log factors ``chip``, for precision numbers [n]."""
+    return (base + chip @ APPLIES)[precision]
 
 
 def fit_chip(
     samples: Samples, log_us: Array, base: Array, residual: Array, center: Array | None = None, steps: int = 8,
     start: Array | None = None, carried: bool = True,
 ) -> Array:  # fmt: skip
-    """Factors of one chip. residual [n]: what the base is known to get wrong about each sample (0: unknown).
+    """Log factors of one chip. residual [n]: what the base is known to get wrong about each sample (0: unknown).
     center: factors of a typical chip, which few measurements stay near. carried: residuals come from other chips, so
     what is left is small; else it is as large as the model's own error."""
-    center = np.zeros(CHIP_SIZE) if center is None else center
+    center = np.zeros(len(CHIP_KEYS)) if center is None else center
     chip = (center if start is None else start).copy()
     scale = 0.05 if carried else 0.15
     for _ in range(steps):
         predicted, share = predict(samples, chip_rates(base, chip, samples.precision))
         error = log_us - residual - predicted
-        jacobian = np.zeros((len(error), CHIP_SIZE))
-        jacobian[:, 0] = share.sum(1)
-        for g in range(len(GROUPS)):
-            jacobian[:, 1 + g] = share[:, g == GROUP].sum(1)
-        jacobian[np.arange(len(error)), _PRECISION + samples.precision] = share.sum(1)
-        jacobian[:, _TERM:] = share
+        jacobian = np.einsum("nt,nkt->nk", share, APPLIES[samples.precision])
         step = _step(jacobian, error, _cauchy(error, scale) / scale**2, chip - center, CHIP_PRIOR)
         chip += np.clip(step, -0.7, 0.7)
         if np.abs(step).max() < 1e-3:
@@ -196,9 +193,9 @@ class Fit:
     def base(self) -> Array:
         return base_rates(self.theta)
 
-    def center(self, without: str = "") -> Array:
+    def center(self) -> Array:
         """Factors of a typical chip."""
-        return np.median([chip for name, chip in self.chips.items() if name != without], axis=0)
+        return np.median(list(self.chips.values()), axis=0)
 
 
 @dataclass(frozen=True)
@@ -213,28 +210,25 @@ class Measured:
         return Measured(self.sample[mask], self.chip[mask], self.log_us[mask])
 
 
-def fit_all(samples: Samples, rows: Measured, old: Fit | None = None, rounds: int = 3, steps: int = 25) -> Fit:
-    """Both levels in turn. Samples without rows do not take part."""
+def fit_all(samples: Samples, rows: Measured, chips: Mapping[str, Array] | None = None, rounds: int = 3) -> Fit:
+    """Both levels in turn. Samples without rows do not take part. chips: factors of a fit to more rows, where this one
+    starts (and then one round is enough). Rates always start from the priors: what is held out leaves no trace."""
     names = sorted(set(rows.chip))
     used = np.unique(rows.sample)
-    fit = old or Fit(np.zeros((1 + len(NAMES), len(TERMS))), {name: np.zeros(CHIP_SIZE) for name in names})
-    relative = _two_way(samples, rows, names) if old is None else _relative(samples, rows, fit)
     picked = samples.pick(used)
-    theta = None if old is None else old.theta
-    chips = dict(fit.chips)
+    relative = _two_way(samples, rows, names) if chips is None else _relative(samples, rows, start_rates(), chips)
+    found = {name: np.zeros(len(CHIP_KEYS)) for name in names} | dict(chips or {})
     for _ in range(rounds):
-        theta = fit_base(picked, relative[used], theta, steps)
+        theta = fit_base(picked, relative[used])
         base = base_rates(theta)
-        at_base, _ = predict(samples, base[samples.precision])
-        residual = relative - at_base
+        residual = relative - predict(samples, base[samples.precision])[0]
         for name in names:
             mine = rows.pick(rows.chip == name)
-            chips[name] = fit_chip(
-                samples.pick(mine.sample), mine.log_us, base, residual[mine.sample], start=chips.get(name), steps=4
+            found[name] = fit_chip(
+                samples.pick(mine.sample), mine.log_us, base, residual[mine.sample], start=found[name], steps=4
             )
-        fit = Fit(theta, chips, residual)
-        relative = _relative(samples, rows, fit)
-    return fit
+        relative = _relative(samples, rows, base, found)
+    return Fit(theta, found, relative - predict(samples, base[samples.precision])[0])
 
 
 def _two_way(samples: Samples, rows: Measured, names: Sequence[str]) -> Array:
@@ -255,14 +249,14 @@ def _two_way(samples: Samples, rows: Measured, names: Sequence[str]) -> Array:
     return mean
 
 
-def _relative(samples: Samples, rows: Measured, fit: Fit) -> Array:
+def _relative(samples: Samples, rows: Measured, base: Array, chips: Mapping[str, Array]) -> Array:
     """log us per sample as if at the base rates: each measurement minus what the model says its chip adds."""
-    at_base, _ = predict(samples, fit.base[samples.precision])
+    at_base, _ = predict(samples, base[samples.precision])
     found: dict[int, list[float]] = {}
     for name in sorted(set(rows.chip)):
         mine = rows.pick(rows.chip == name)
         picked = samples.pick(mine.sample)
-        there, _ = predict(picked, chip_rates(fit.base, fit.chips[name], picked.precision))
+        there, _ = predict(picked, chip_rates(base, chips[name], picked.precision))
         for i, value in zip(mine.sample, mine.log_us - there + at_base[mine.sample], strict=True):
             found.setdefault(int(i), []).append(float(value))
     out = np.full(len(samples.precision), np.nan)

@@ -1,12 +1,13 @@
 """Time of a program from priced terms, and where it goes.
 
-    T = sum over stretches of  overhead + (C**4 + D**4)**(1/4)
+    T = sum over stretches of  overhead + (C**2 + D**2)**(1/2)
 
 C: MAC, vector, move and io terms times their rates; D: DDR terms. Fetching overlaps with computing, but only within a
 stretch (see `work.stretches`): weights cannot be fetched further ahead than the on-chip memory holds them."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,12 +15,34 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgeforge.estimate.program import Layer, Program
-from edgeforge.estimate.work import DDR, GROUPS, OVERHEAD, PRECISIONS, Precision, Work, stretches, works
+from edgeforge.estimate.work import DDR, GROUPS, OVERHEAD, PRECISIONS, TERMS, Precision, Work, stretches, works
 
-OVERLAP = 4.0
+OVERLAP = 2.0
 GROUP_OF = {term: group for group, terms in GROUPS.items() for term in terms}
 
 Rates = Mapping[str, float]
+#: Precisions with rates of their own.
+NAMES = ("float", "w8a8", "w8a16")
+#: A chip's factors: part -> keys. "compute" and "vector": of the terms of that group at a precision, because the units
+#: that compute at 8 and 16 bits and in float differ in number from chip to chip; "term": of one term.
+FACTORS = {"all": ("all",), "group": tuple(GROUPS), "compute": NAMES, "vector": NAMES, "term": TERMS}
+
+
+def factor_keys(precision: str, term: str) -> dict[str, str]:
+    """The factors that apply to a term: part -> key."""
+    group = GROUP_OF[term]
+    own = {group: precision} if group in ("compute", "vector") else {}
+    return {"all": "all", "group": group, "term": term, **own}
+
+
+def chip_rates(rates: Mapping[str, Rates], factors: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """precision -> term -> microseconds per unit on a chip with ``factors``."""
+
+    def factor(precision: str, term: str) -> float:
+        keys = factor_keys(precision, term)
+        return math.prod(factors.get(part, {}).get(key, 1.0) for part, key in keys.items())
+
+    return {name: {term: rate * factor(name, term) for term, rate in of.items()} for name, of in rates.items()}
 
 
 @dataclass(frozen=True)
@@ -70,8 +93,3 @@ def times(program: Program, precision: Precision, rates: Mapping[str, Rates]) ->
 
 def _cost(work: Work, rates: Rates) -> dict[str, float]:
     return {term: amount * rates[term] for term, amount in work.amounts.items()}
-
-
-def spread(us: float, factor: float) -> tuple[float, float]:
-    """Low and high end of an interval x / factor to x * factor."""
-    return us / factor, us * factor

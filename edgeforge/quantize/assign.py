@@ -11,12 +11,12 @@ import numpy as np
 from edgeforge.errors import Reason, Unsupported
 from edgeforge.ir.graph import Graph, Node
 from edgeforge.ir.op import ACT, OPS
-from edgeforge.ir.types import RANGE, QParams, TensorType
+from edgeforge.ir.types import BITS, RANGE, QParams, TensorType
 from edgeforge.quantize.calibrate import Range
-from edgeforge.recipe import Override, Precision, Recipe
+from edgeforge.recipe import Override, Precision, Recipe, Width
 from edgeforge.target import Target
 
-WIDTHS = {"a8": "u8", "a16": "u16"}
+WIDTHS = {"a8": "u8", "a16": "u16", "a8s": "u8"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Plan:
 
 def _matches(override: Override, node: Node) -> bool:
     named = fnmatch.fnmatchcase(node.output, override.match) or fnmatch.fnmatchcase(node.source, override.match)
-    return named and override.op in (None, node.op)
+    return named and (override.op == node.op or (override.op is None and node.op != "input"))
 
 
 def affine(limits: Range, dtype: str) -> QParams:
@@ -50,7 +50,7 @@ def symmetric(limits: Range, zero: int) -> QParams:
     return QParams(np.float32(reach), zero)
 
 
-class _Groups:
+class Groups:
     """Union-find over values that must share one encoding."""
 
     def __init__(self, graph: Graph):
@@ -72,8 +72,9 @@ def assign(graph: Graph, ranges: Mapping[str, Range], recipe: Recipe, target: Ta
     """Encodings for every activation of a float graph.
 
     Raises Unsupported, with every node that the target cannot run as asked and the remedy for each."""
-    precision, wide = _precisions(graph, recipe)
-    groups = _Groups(graph)
+    precision, outputs = precisions(graph, recipe)
+    wide = {name: WIDTHS[output] for name, output in outputs.items()}
+    groups = Groups(graph)
     limits: dict[str, Range] = {}
     widths: dict[str, str] = {}
     for name, value in graph.values.items():
@@ -86,6 +87,8 @@ def assign(graph: Graph, ranges: Mapping[str, Range], recipe: Recipe, target: Ta
         if not value.const:
             widths[root] = max(widths.get(root, "u8"), wide.get(name, "u8"), key=lambda w: RANGE[w][1])
     forced = _forced(graph, groups, target, widths)
+    for root in {groups.find(name) for name, output in outputs.items() if output == "a8s"}:
+        forced[root] = ("u8", symmetric(limits[root], 128))
     types = {}
     for name, value in graph.values.items():
         root = groups.find(name)
@@ -97,18 +100,27 @@ def assign(graph: Graph, ranges: Mapping[str, Range], recipe: Recipe, target: Ta
     return Plan(types, precision, reads)
 
 
-def _precisions(graph: Graph, recipe: Recipe) -> tuple[dict[str, Precision], dict[str, str]]:
-    """Per node its precision, and per value the dtype that the recipe asks of it."""
+def bits(graph: Graph, recipe: Recipe, target: Target) -> dict[str, int]:
+    """Bits of every activation under a recipe. Raises Unsupported as `assign` does, before anything is calibrated."""
+    names = (*graph.inputs, *(node.output for node in graph.nodes))
+    anything = {name: (-1.0, 1.0) for name in names if graph.type(name).dtype == "f32"}
+    types = assign(graph, anything, recipe, target).types
+    return {name: BITS[types[name].dtype] for name in anything}
+
+
+def precisions(graph: Graph, recipe: Recipe) -> tuple[dict[str, Precision], dict[str, Width]]:
+    """Per node its precision, and per value the width that the recipe asks of it."""
     default = Precision(recipe.precision)
-    precision, wide = {}, {name: default.activations for name in graph.inputs}
-    for node in graph.nodes:
-        chosen, output = default, default.activations
+    usual: Width = "a16" if default.activations == "u16" else "a8"
+    precision, outputs = {}, dict.fromkeys(graph.inputs, usual)
+    for node in (*(Node("input", (), name) for name in graph.inputs), *graph.nodes):
+        chosen, output = default, usual
         for override in recipe.overrides:
             if _matches(override, node):
                 chosen = Precision(override.precision) if override.precision else chosen
-                output = WIDTHS[override.output] if override.output else output
-        precision[node.output], wide[node.output] = chosen, output
-    return precision, wide
+                output = override.output or output
+        precision[node.output], outputs[node.output] = chosen, output
+    return precision, outputs
 
 
 def _data_range(data: np.ndarray | None) -> Range:
@@ -116,14 +128,14 @@ def _data_range(data: np.ndarray | None) -> Range:
     return float(data.min()), float(data.max())
 
 
-def _is_activation(graph: Graph, groups: _Groups, name: str, ranges: Mapping[str, Range]) -> bool:
+def _is_activation(graph: Graph, groups: Groups, name: str, ranges: Mapping[str, Range]) -> bool:
     """Node outputs, inputs, and constants that share an encoding with one of these."""
     if name in ranges:
         return True
     return graph.values[name].const and groups.find(name) != name
 
 
-def _forced(graph: Graph, groups: _Groups, target: Target, widths: Mapping[str, str]) -> dict[str, tuple[str, QParams]]:
+def _forced(graph: Graph, groups: Groups, target: Target, widths: Mapping[str, str]) -> dict[str, tuple[str, QParams]]:
     """Encodings that hardware dictates, by group."""
     forced: dict[str, tuple[str, QParams]] = {}
     for node in graph.nodes:
@@ -136,7 +148,7 @@ def _forced(graph: Graph, groups: _Groups, target: Target, widths: Mapping[str, 
 
 def _reads(
     graph: Graph,
-    groups: _Groups,
+    groups: Groups,
     precision: Mapping[str, Precision],
     types: dict[str, TensorType],
     limits: Mapping[str, Range],
@@ -155,13 +167,14 @@ def _reads(
         if node.op == "matmul" and target.second_operand_zero is not None:
             name = node.inputs[1]
             encoding = symmetric(limits[groups.find(name)], target.second_operand_zero)
-            reads[node.output, 1] = TensorType(types[name].shape, "u8", encoding)
+            if (types[name].dtype, types[name].q) != ("u8", encoding):
+                reads[node.output, 1] = TensorType(types[name].shape, "u8", encoding)
     _push_up(graph, groups, types, reads)
     return reads
 
 
 def _push_up(
-    graph: Graph, groups: _Groups, types: dict[str, TensorType], reads: dict[tuple[str, int], TensorType]
+    graph: Graph, groups: Groups, types: dict[str, TensorType], reads: dict[tuple[str, int], TensorType]
 ) -> None:
     """Where every reader outside a group wants one other encoding of it, the group itself takes that encoding, and
     no requantize node is needed."""

@@ -11,7 +11,7 @@ from edgeforge.frontend import Imported
 from edgeforge.ir.graph import Graph, Node
 from edgeforge.ir.op import ACT, BIAS, OPS, WEIGHT
 from edgeforge.ir.types import RANGE, QParams, TensorType
-from edgeforge.quantize.assign import Plan, _check, _Groups, symmetric
+from edgeforge.quantize.assign import Groups, Plan, _check, symmetric
 from edgeforge.recipe import Precision, Recipe
 from edgeforge.target import Target
 
@@ -33,7 +33,7 @@ def plan_from(imported: Imported, recipe: Recipe, target: Target) -> Plan:
 class _Keeper:
     def __init__(self, graph: Graph, encodings: Mapping[str, TensorType], recipe: Recipe, target: Target):
         self.graph, self.encodings, self.recipe, self.target = graph, encodings, recipe, target
-        self.groups = _Groups(graph)
+        self.groups = Groups(graph)
         self.reasons: list[Reason] = []
         self.producers = graph.producers()
 

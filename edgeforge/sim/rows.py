@@ -119,11 +119,10 @@ def softmax16(codes, quarters, step, low, high, power, out):
             power[c] = (((constant << 15) + g * inner) >> 16) >> min(steps >> 22, 16)
             total += power[c]
         exponent = max(_exponent(np.float64(total)) + 1 - 16, 0)
-        scale = np.int64(1) << max(2 - exponent, 0)
-        numerator, divisor = np.int64(1) << (32 + exponent), 2 * total * scale
-        if exponent < 3:
-            inverse = min((numerator + divisor // 2) // divisor * scale, 65536)
-        else:
-            inverse = min(numerator // divisor, 65535)
+        whole, bits = exponent + 14, min(exponent + 14, 16)
+        k, y = total >> 1, np.int64(1) << (bits - 1)
+        for _ in range(5):
+            y = (y * ((np.int64(2) << whole) - ((k * y) >> bits))) >> whole
+        inverse = min(y << (16 - bits), 65536)
         for c in range(row.size):
             line[c] = min(max(power[c] * inverse >> (15 + exponent), low), high)

@@ -31,8 +31,6 @@ def rule_of(profile: str, family: str, n: NodeView) -> Rule:
     activations = {n.type(i).dtype for i in range(1 if dot else n.arity)} | (set() if dot else {n.out.dtype})
     widths = PROFILES[profile]
     table = widths["u16"] if "u16" in activations else widths["u8"]
-    if len(activations) > 1:
-        table = widths.get("mixed", table)
     return RULES[next(table[kind] for kind in (*_kinds(n), n.node.op, family) if kind in table)]
 
 
@@ -40,6 +38,8 @@ def _kinds(n: NodeView) -> Iterator[str]:
     """What a runtime may have a kernel of its own for."""
     if _is_depthwise_stride_2(n):
         yield "depthwise_2"
+    if n.node.op == "softmax" and n.shape(0)[n["axis"]] < 3:
+        yield "softmax_short"
     if (n.node.op == "reduce_mean" and n["axes"] == (2, 3) and n["keepdims"]) or covers_image(n):
         yield "global"
     if OPS[n.node.op].numerics == "dot" and n.type(1).dtype == "i4":

@@ -126,7 +126,7 @@ def _apply_norm(n: NodeView, x: Array, w: Array, b: Array | None = None) -> Arra
     return _norm(n, x, w, b, n.node.op == "layer_norm", np.rint)
 
 
-#: width of the activations ("u8"; "u16"; "mixed", which is "u16" where a runtime does not say) -> op or family -> rule.
+#: width of the activations ("u8"; "u16" where one of them is) -> op or family -> rule.
 Profile = dict[str, dict[str, str]]
 
 #: The rounded exact value, for families whose rule on a runtime is not known.

@@ -200,15 +200,10 @@ _EXACT16 = {
     "reduce_mean": "htp_mean_last",
     "requantize": "htp_requantize16",
 }
-#: Averages of mixed widths take two steps, one of them a requantize.
-_MIXED = {
-    kind: rule for kind, rule in _EXACT16.items() if kind not in ("global", "reduce_mean", "avg_pool", "depthwise_2")
-}
 PROFILES: dict[str, Profile] = {
     "htp-v73": {
         "u8": {**EXACT_VALUE, **_EXACT8, **NORMS["u8"]},
         "u16": {**EXACT_VALUE, **_EXACT16, **NORMS["u16"]},
-        "mixed": {**EXACT_VALUE, **_MIXED, **NORMS["u16"]},
     },
     "htp-v68": {
         "u8": {**EXACT_VALUE, **_EXACT8, "dot": "htp8_v68", "avg_pool": "htp8_v68"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from edgeforge.ir.fixed import Array, Constants, Rule, clamp_codes, f32, saturate, shift_right, with_range
+from edgeforge.ir.fixed import Array, Constants, Rule, ceil_log2, clamp_codes, f32, saturate, shift_right, with_range
 from edgeforge.ir.graph import NodeView
 from edgeforge.ir.rules.exact import Profile, apply_table
 from edgeforge.ir.types import RANGE
@@ -108,14 +108,14 @@ def _derive_widen(n: NodeView) -> Constants:
 
 
 def _derive_narrow(n: NodeView) -> Constants:
-    """16 to 8 bits: a 14-bit multiplier (at 2**-15 from 1/16 on), a first rounding at 2**-step of an output step (7 at
+    """16 to 8 bits: a 14-bit multiplier (at 2**-15 above 1/16), a first rounding at 2**-step of an output step (7 at
     most); what the zero points add saturates at 16 bits. Codes count from the middle, 32767."""
     ratio = float(f32(n.q(0).scale / n.q(-1).scale))
-    bits = 14 - int(np.frexp(ratio)[1]) if ratio < 1 / 16 else 15
+    bits = 14 - int(ceil_log2(np.float64(ratio))) if ratio <= 1 / 16 else 15
     mult, shift = int(np.rint(np.ldexp(ratio, bits))), max(15, bits - 7)
     step = bits - shift
-    offset = ((32767 - n.zero(0)) * mult + (1 << shift - 1)) >> shift
-    offset = min(max(offset + (n.q(-1).zero << step), -32768), 32767)
+    taken = ((n.zero(0) - 32767) * mult + (1 << shift - 1)) >> shift
+    offset = min(max((n.q(-1).zero << step) - taken, -32768), 32767)
     return with_range(n, mult=mult, shift=shift, step=step, offset=offset + ((1 << step) >> 1))
 
 

@@ -67,13 +67,14 @@ def power_of_two(steps: Array) -> Array:
 
 
 def reciprocal(total: Array) -> tuple[Array, Array]:
-    """2**31 over ``total`` (at least 32767) scaled into 2**15..2**16, close to HTP's, and the scaling's exponent. Below
-    2**18 it has 14, 15 or 16 bits and is taken to the nearest, above to the floor."""
+    """2**31 over ``total`` (at least 32767) scaled into 2**15..2**16, and the scaling's exponent: five Newton steps
+    y = y (2 - k y) from y = 1/2 in integers, k half the total, y of 16 bits (14 or 15 for totals below 2**17)."""
     exponent = np.maximum(np.frexp(total.astype(np.float64))[1].astype(np.int64) - 16, 0)
-    step = np.int64(1) << np.maximum(2 - exponent, 0)
-    numerator, divisor = np.int64(1) << 32 + exponent, 2 * total * step
-    nearest = (numerator + divisor // 2) // divisor * step
-    return np.where(exponent < 3, np.minimum(nearest, 65536), np.minimum(numerator // divisor, 65535)), exponent
+    whole, bits = exponent + 14, np.minimum(exponent + 14, 16)
+    k, y = total >> 1, np.int64(1) << bits - 1
+    for _ in range(5):
+        y = y * ((np.int64(2) << whole) - (k * y >> bits)) >> whole
+    return np.minimum(y << 16 - bits, 65536), exponent
 
 
 def _derive_softmax16(n: NodeView) -> Constants:
@@ -90,12 +91,10 @@ def _apply_softmax16(n: NodeView, x: Array) -> Array:
     return saturate(n, (power * inverse >> 15 + exponent) - n.q(-1).zero)
 
 
-SOFTMAX16 = (
-    "16-bit rows of 3 and more: the reciprocal of the sum is off by up to 4 / 65536 of itself; 98 % identical at "
-)
-SOFTMAX16 += "16 elements, 99.9 % from 256, at most 4 LSB"
+SHORT = "rows of 1 or 2 have another kernel: the rule of longer rows, at most 12 LSB"
 RULES = (
-    Rule("htp_softmax16", _derive_softmax16, _apply_softmax16, "bounded", SOFTMAX16),
+    Rule("htp_softmax16", _derive_softmax16, _apply_softmax16, "exact"),
+    Rule("htp_softmax16_short", _derive_softmax16, _apply_softmax16, "bounded", SHORT),
     Rule("htp_rms_norm8", _derive_rms_norm, _apply_rms_norm8, "exact"),
     Rule("htp_rms_norm16", _derive_rms_norm, _apply_rms_norm16, "exact"),
 )
@@ -104,5 +103,5 @@ PROFILES: dict[str, Profile] = {}
 #: What Hexagon's profiles say about these ops.
 NORMS: Profile = {
     "u8": {"rms_norm": "htp_rms_norm8"},
-    "u16": {"rms_norm": "htp_rms_norm16", "softmax": "htp_softmax16"},
+    "u16": {"rms_norm": "htp_rms_norm16", "softmax": "htp_softmax16", "softmax_short": "htp_softmax16_short"},
 }

@@ -1,0 +1,190 @@
+"""Small detectors, landmark and attribute nets that run on every camera frame."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.workloads import workload
+from benchmarks.workloads.net import Net, Value
+
+# ---------------------------------------------------------------------------------------------------------- MediaPipe
+
+
+def blaze(net: Net, x: Value, out: int, k: int = 3, stride: int = 1, act: str = "relu") -> Value:
+    """Depthwise and pointwise convolution beside a shortcut, which is pooled and padded to fit."""
+    if stride == 2:
+        y = net.conv(net.pad(x, k - 1, k - 1) if k == 3 else net.pad(x, 3, 3), x.channels, k, 2, 0, x.channels)
+        x = net.pool(x, 2, 2)
+    else:
+        y = net.dw(x, k)
+    y = net.conv(y, out)
+    x = net.pad(x, 0, 0, out - x.channels) if out > x.channels else x
+    return net.add(y, x, act)
+
+
+def blazes(net: Net, x: Value, stages: Sequence[tuple[int, int]], k: int = 3, act: str = "relu") -> Value:
+    """stages: (channels, blocks after the one with stride 2)"""
+    for out, count in stages:
+        x = blaze(net, x, out, k, 2, act)
+        for _ in range(count):
+            x = blaze(net, x, out, k, 1, act)
+    return x
+
+
+def anchored(net: Net, levels: Sequence[tuple[Value, int]], coordinates: int) -> list[Value]:
+    """Boxes and scores of every anchor; levels: features, anchors per cell."""
+    found = []
+    for width in (coordinates, 1):
+        parts = [net.transpose(net.conv(x, each * width), 0, 2, 3, 1) for x, each in levels]
+        found.append(net.concat([net.reshape(y, 1, -1, width) for y in parts], 1))
+    return found
+
+
+@workload("mediapipe_face", "face_detector", "blaze")
+def _(net: Net) -> list[Value]:
+    x = net.conv(net.pad(net.input(1, 3, 256, 256), 3, 3), 24, 5, 2, 0, act="relu")
+    for _ in range(7):
+        x = blaze(net, x, 24)
+    x = blazes(net, x, ((24, 7), (48, 7), (96, 7)))
+    final = net.conv(net.conv(net.pad(x, 2, 2), 96, 3, 2, 0, 96), 96, act="relu")
+    return anchored(net, ((x, 2), (final, 6)), 16)
+
+
+@workload("mediapipe_face", "face_landmark_detector", "blaze")
+def _(net: Net) -> list[Value]:
+    x = net.conv(net.pad(net.input(1, 3, 192, 192), 1, 1), 16, 3, 2, 0, act="prelu")
+    for _ in range(2):
+        x = blaze(net, x, 16, act="prelu")
+    x = blazes(net, x, ((32, 2), (64, 2), (128, 2), (128, 2)), act="prelu")
+    outputs = []
+    for blocks, size in ((2, 1404), (0, 1)):
+        y = blazes(net, x, ((128, blocks),), act="prelu")
+        y = blaze(net, net.conv(y, 32, act="prelu"), 32, act="prelu")
+        outputs.append(net.conv(y, size, 3, p=0))
+    return [net.mul(net.reshape(outputs[0], 1, 468, 3)), net.act(outputs[1], "sigmoid")]
+
+
+@workload("mediapipe_hand", "hand_detector", "blaze")
+def _(net: Net) -> list[Value]:
+    x = net.conv(net.pad(net.input(1, 3, 256, 256), 1, 1), 32, 3, 2, 0, act="relu")
+    for _ in range(7):
+        x = blaze(net, x, 32)
+    x = blazes(net, x, ((64, 7), (128, 7)))
+    y = blazes(net, x, ((256, 7),))
+    z = blazes(net, y, ((256, 7),))
+    y = blaze(net, net.add(y, net.deconv(z, 256, 2, 2, act="relu")), 256)
+    x = blaze(net, net.add(x, net.deconv(y, 128, 2, 2, act="relu")), 128)
+    return anchored(net, ((x, 2), (y, 2), (z, 6)), 18)
+
+
+@workload("mediapipe_hand", "hand_landmark_detector", "blaze")
+def _(net: Net) -> list[Value]:
+    x = net.conv(net.pad(net.input(1, 3, 256, 256), 1, 1), 24, 3, 2, 0, act="relu")
+    levels = []
+    for out in (48, 96, 96, 96):
+        x = blaze(net, blaze(net, x, x.channels, 5), x.channels, 5)
+        x = blaze(net, x, out, 5, 2)
+        levels.append(x)
+    x = levels.pop()
+    for skip in levels[:0:-1]:
+        x = blaze(net, net.add(skip, net.up(x, 2, "bilinear")), 96, 5)
+    x = net.add(levels[0], net.up(net.conv(x, 48), 2, "bilinear"))
+    for _ in range(4):
+        x = blaze(net, x, 48, 5)
+    x = blazes(net, x, ((96, 4), (288, 4), (288, 4), (288, 4), (288, 4)), 5)
+    flag, handed, marks = (net.conv(x, n, 2, p=0) for n in (1, 1, 63))
+    return [net.act(flag, "sigmoid"), net.act(handed, "sigmoid"), net.mul(net.reshape(marks, 1, 21, 3))]
+
+
+# -------------------------------------------------------------------------------------------------------------- faces
+
+
+@workload("face_det_lite", "Lightweight-Face-Detection", "facedet")
+def _(net: Net) -> list[Value]:
+    def conv(x: Value, out: int, k: int = 3, s: int = 1) -> Value:
+        return net.conv(x, out, k, s, act="relu")
+
+    x = conv(net.picture(1, 1, 480, 640), 16, 3, 2)
+    kept = []
+    blocks = (
+        (3, 16, 16, 2), (3, 64, 32, 2), (3, 96, 32, 1), (5, 96, 32, 2), (5, 224, 32, 1), (5, 224, 32, 1),
+        (5, 128, 64, 1), (5, 160, 64, 1), (5, 256, 96, 2),
+    )  # fmt: skip
+    for k, hidden, out, s in blocks:
+        y = conv(x, hidden, 1)
+        y = conv(y, out, 3, s) if k == 3 else net.se(conv(conv(y, out), out, 3, s), out // 4)
+        if s == 1:
+            y = net.add(y, x if x.channels == out else net.conv(x, out))
+        x = y
+        kept.append(x)
+    x = conv(x, 32, 1)
+    for skip in (kept[7], kept[2]):
+        x = net.add(conv(net.up(x), 32), conv(skip, 32, 1))
+    context = conv(x, 8)
+    x = net.concat([conv(x, 16), net.concat([conv(context, 8), conv(conv(context, 8), 8)])])
+    return [net.conv(x, out) for out in (1, 4, 10)]
+
+
+@workload("face_attrib_net", "Facial-Attribute-Detection", "faceattrib")
+def _(net: Net) -> list[Value]:
+    def pair(x: Value, middle: int, out: int, s: int = 1, act: str | None = "prelu") -> Value:
+        """Grouped 3 x 3, then pointwise."""
+        return net.conv(net.conv(x, middle, 3, s, g=x.channels // 32), out, act=act)
+
+    x = net.conv(net.picture(1, 3, 128, 128), 64, 3, act="prelu")
+    x = net.add(pair(pair(x, 64, 64, 2), 64, 64, act=None), pair(x, 64, 64, 2, None), "prelu")
+    features = []
+    for depth in (2, 6, 3):
+        c = x.channels
+        y = pair(pair(x, 4 * c, 2 * c, 2), 4 * c, 2 * c, act=None)
+        x = net.add(pair(x, 2 * c, 2 * c, 2), y, "prelu")
+        for _ in range(depth - 1):
+            y = pair(pair(x, 4 * c, 2 * c), 4 * c, 2 * c, act=None)
+            x = net.add(y, x, "prelu")
+        features.append(x)
+    logits = []
+    for _ in range(5):
+        y = net.concat([pair(features[1], 128, 128, 2), x])
+        y = net.conv(net.conv(y, 320, 3, 2, g=20), 128, act="prelu")
+        logits.append(net.reshape(net.linear(net.reshape(net.gap(y), 1, 128), 2), 1, 1, 2))
+    logit = net.concat(logits, 1)
+    return [logit, net.slice(net.softmax(logit), 1, 2, -1), x]
+
+
+# --------------------------------------------------------------------------------------------------------- detection
+
+
+@workload("gear_guard_net", "PPE-Detection", "gearguard")
+def _(net: Net) -> list[Value]:
+    def conv(x: Value, out: int, k: int = 3, s: int = 1) -> Value:
+        return net.conv(x, out, k, s, act="relu")
+
+    def double(x: Value, out: int, count: int) -> Value:
+        for _ in range(count):
+            half = max(out, x.channels) // 2
+            y = net.conv(net.dw(net.conv(net.dw(x, 5), half, act="relu"), 5), out)
+            x = net.add(y, x if x.channels == out else net.conv(x, out), "relu")
+        return x
+
+    x = net.conv(net.input(1, 3, 320, 192), 32, 6, 2, 2, act="relu")
+    kept = []
+    for out, count in ((64, 1), (128, 1), (256, 3), (512, 1)):
+        x = double(conv(x, out, 3, 2), out, count)
+        kept.append(x)
+    low = conv(conv(x, 512), 256, 1)
+    x = double(net.concat([net.up(low), kept[2]]), 256, 1)
+    middle = conv(x, 128, 1)
+    small = double(net.concat([net.up(middle), kept[1]]), 128, 1)
+    medium = double(net.concat([conv(small, 128, 3, 2), middle]), 256, 1)
+    large = double(net.concat([conv(medium, 256, 3, 2), low]), 512, 1)
+    boxes, scores = [], []
+    for x in (small, medium, large):
+        _, _, h, w = x.shape
+        y = net.reshape(net.transpose(net.reshape(net.conv(x, 21), 1, 3, 7, h, w), 0, 3, 4, 1, 2), 1, h * w * 3, 7)
+        center, size = (net.act(net.slice(y, i, i + 2, -1), "sigmoid") for i in (0, 2))
+        center = net.mul(net.add(net.mul(center)))
+        size = net.mul(net.mul(size, size))
+        low_corner, high_corner = net.binary("sub", center, size), net.add(center, size)
+        boxes.append(net.concat([low_corner, high_corner], -1))
+        scores.append(net.mul(net.act(net.slice(y, 5, 7, -1), "sigmoid"), net.act(net.slice(y, 4, 5, -1), "sigmoid")))
+    return [net.concat(boxes, 1), net.concat(scores, 1)]
