@@ -61,7 +61,7 @@ def narrow_gain(n: NodeView) -> tuple[Array, QParams, Array]:
     if n.type(1).dtype != "u8":
         real = q.dequantize(gain)
         low, high = min(float(real.min()), 0.0), max(float(real.max()), 0.0)
-        scale = np.float32((high - low) / 255)
+        scale = np.float32(((high - low) or 1.0) / 255)
         q = QParams(scale, int(np.rint(-low / np.float64(scale))))
         gain = q.quantize(real, "u8")
     return gain, q, QParams(n.q(0).scale * q.scale).quantize(n.q(2).dequantize(bias), "i32")
