@@ -179,6 +179,7 @@ _EXACT8 = {
     "table": "htp_table",
 }
 
+V68 = "v73's rule: 55 % identical, 25 LSB; with 4-bit weights 71 %, 235 LSB"
 RULES = (
     Rule("htp8", _derive_htp8, _apply_htp8, "exact"),
     Rule("htp8_v68", _derive_htp8_v68, _apply_htp8_v68, "exact"),

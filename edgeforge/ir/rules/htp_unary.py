@@ -67,12 +67,13 @@ def _derive_measured(n: NodeView) -> Constants:
 
 RULES = (
     Rule("htp_affine16", _derive_affine16, _apply_affine16, "exact", "neg: places are counted in the order of memory"),
+    Rule("htp_clip16", _derive_affine16, _apply_affine16, "bounded", "a relu directly behind it lifts its upper limit"),
     Rule("htp_table", _derive_table, apply_table, "exact"),
     Rule(MEASURED, _derive_measured, apply_table, "exact", "(table measured from the HTP emulator)"),
 )
 PROFILES: dict[str, Profile] = {
     "htp-v73": {
         "u8": dict.fromkeys(("hardsigmoid", "neg", "reciprocal", "rsqrt", "sigmoid", "sqrt", "tanh"), "table"),
-        "u16": dict.fromkeys(("clip", "neg", "relu"), "htp_affine16"),
+        "u16": {"clip": "htp_clip16", "neg": "htp_affine16", "relu": "htp_affine16"},
     },
 }
