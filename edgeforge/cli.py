@@ -527,7 +527,7 @@ def _print_results(results: list[Any], title: str, as_json: bool) -> None:
     for r in results:
         ms = [r.percentiles_us[p] / 1e3 if r.latency_us else None for p in ("p50", "p90")]
         golden = r.golden.status if r.golden.identical in (None, 1) else f"{r.golden.identical:.2%} identical"
-        about = [r.artifact, r.device.name, r.source, *ms, r.load_ms, r.peak_memory_mb, golden, "; ".join(r.flags)]
+        about = [r.label, r.device.name, r.source, *ms, r.load_ms, r.peak_memory_mb, golden, "; ".join(r.flags)]
         rows.append(about)
     _table(title, columns, rows)
 
@@ -569,7 +569,7 @@ def results(
     rows = store.rows(devices, model=model, artifact=artifact, device=device)
     if export is not None:
         chosen = {(row["run_id"], row["artifact"]) for row in rows}
-        whole = [r.document() for r in store.documents() if (r.run_id, r.artifact) in chosen]
+        whole = [r.document() for r in store.documents() if (r.run_id, r.label) in chosen]
         export.write_text(to_csv(rows) if export.suffix == ".csv" else json.dumps({"results": whole}, indent=1) + "\n")
     if as_json:
         _print({"results": rows})
@@ -592,7 +592,7 @@ def report(
     from edgeforge.report.gather import gather
     from edgeforge.report.page import render, summary
 
-    facts = [gather(bundle, run, per_node or (), _say) for bundle in bundles]
+    facts = [one for bundle in bundles for one in gather(bundle, run, per_node or (), _say)]
     place = out or (
         bundles[0].resolve().with_name(f"{bundles[0].resolve().name}.html")
         if len(bundles) == 1

@@ -77,6 +77,8 @@ def plan(bundle: Bundle, artifacts: Sequence[str], compile_only: bool = False) -
     """What would be uploaded; by default the artifact that needs no compilation there (with compile_only: that does).
 
     Raises InvalidInput for artifacts that were not built or that the hub does not take."""
+    if bundle.prefill is not None:
+        raise InvalidInput(f"{bundle.path} holds two graphs with state between them -> bench --on host")
     built = [name for name, record in bundle.manifest.backends.items() if record.status == "built" and name in ROUTES]
     usual = ("onnx_qdq",) if compile_only else ("ort_qnn", "onnx_qdq")
     chosen = artifacts or [name for name in usual if name in built][:1]
