@@ -606,6 +606,26 @@ def report(
 
 
 @app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="models, targets, precisions, methods")],
+    out: Annotated[Path, typer.Option(help="folder of the trials; the same folder again resumes")],
+    executor: Annotated[str, typer.Option(help="processes, or dask")] = "processes",
+    address: Annotated[str | None, typer.Option(help="dask: of the scheduler")] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="also run what failed before")] = False,
+    as_json: Json = False,
+) -> None:
+    """Export and validate every combination; failures don't stop the rest."""
+    from edgeforge import sweep as sweeping
+
+    found = sweeping.run(file, out, executor, address, retry, _say)
+    if as_json:
+        _print({"trials": found})
+        return
+    columns = ["model", "target", "precision", "method", "backend", "identical", "SQNR dB", "metric", "how"]
+    _table(f"{file}: {len(found)} trials", columns, sweeping.rows(found))
+
+
+@app.command()
 def targets(as_json: Json = False) -> None:
     """List the catalogue of targets."""
     from edgeforge.target import load_target, names

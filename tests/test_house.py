@@ -34,7 +34,7 @@ LAYERS = (
     ("devices",),
     ("report",),
     ("pipeline",),
-    ("estimator", "tune"),
+    ("estimator", "tune", "sweep"),
     ("cli",),
 )
 
