@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from datetime import date
+from pathlib import Path
 
 import numpy as np
 
@@ -23,6 +25,35 @@ from edgeforge.estimate.work import PRECISIONS, TERMS
 from edgeforge.resources import folder
 
 Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure beside the least or the most that it should be."""
+
+    name: str
+    value: float
+    unit: str
+    n: int
+    least: float = -np.inf
+    most: float = np.inf
+
+    def row(self) -> list[str]:
+        bounds = [
+            f"{word} {bound:g}" for word, bound in (("least", self.least), ("most", self.most)) if np.isfinite(bound)
+        ]
+        met = self.least <= self.value <= self.most
+        return [self.name, f"{self.value:.3g}{self.unit}", ", ".join(bounds), str(self.n), "yes" if met else "**no**"]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Errors of one precision (or all): median and shares within 20 and 30 %, in percent; n models x precisions."""
+
+    median: float
+    within20: float
+    within30: float
+    n: int
 
 
 def on_chips(hub: Hub, fit: Fit, rows: Measured) -> Array:
@@ -55,17 +86,18 @@ def quantile(values: Array, weight: Array, share: float) -> float:
     return float(values[order][np.searchsorted(reached, share)])
 
 
-def table(title: str, hub: Hub, error: Array, rows: Measured) -> None:
+def table(title: str, hub: Hub, error: Array, rows: Measured) -> dict[str, Spread]:
     print(f"\n{title}\n  {'precision':10s} {'n':>4s} {'rows':>5s}  median error   within 10 / 20 / 30 %")
     precision, weight = hub.samples.precision[rows.sample], weights(hub, rows)
-    absolute = np.abs(np.expm1(error))
-    for p in (*range(len(NAMES)), None):
-        mask = np.ones(len(error), bool) if p is None else precision == p
+    absolute, found = np.abs(np.expm1(error)), {}
+    for name in (*NAMES, "all"):
+        mask = np.ones(len(error), bool) if name == "all" else precision == NAMES.index(name)
         a, w = absolute[mask], weight[mask]
-        within = " / ".join(f"{100 * w[a <= limit].sum() / w.sum():.0f}" for limit in (0.1, 0.2, 0.3))
-        name = "all" if p is None else NAMES[p]
-        n = len(set(rows.sample[mask]))
-        print(f"  {name:10s} {n:4d} {mask.sum():5d}  {100 * quantile(a, w, 0.5):9.1f} %   {within}")
+        within = [100 * w[a <= limit].sum() / w.sum() for limit in (0.1, 0.2, 0.3)]
+        found[name] = Spread(100 * quantile(a, w, 0.5), within[1], within[2], len(set(rows.sample[mask])))
+        shares = " / ".join(f"{share:.0f}" for share in within)
+        print(f"  {name:10s} {found[name].n:4d} {mask.sum():5d}  {found[name].median:9.1f} %   {shares}")
+    return found
 
 
 def families(hub: Hub, error: Array) -> None:
@@ -81,7 +113,7 @@ def ranks(values: Array) -> Array:
     return np.argsort(np.argsort(values)).astype(float)
 
 
-def spearman(hub: Hub, error: Array) -> None:
+def spearman(hub: Hub, error: Array) -> list[Goal]:
     found = []
     precision = hub.samples.precision[hub.rows.sample]
     for chip in sorted(set(hub.rows.chip)):
@@ -94,9 +126,10 @@ def spearman(hub: Hub, error: Array) -> None:
         f"\nSpearman within a chip and precision: median {np.median(found):.3f}, lowest {min(found):.3f},"
         f" n {len(found)}"
     )
+    return [Goal("Spearman within a chip and precision, median", float(np.median(found)), "", len(found), least=0.95)]
 
 
-def faster(hub: Hub, error: Array) -> None:
+def faster(hub: Hub, error: Array) -> list[Goal]:
     """float or w8a8, on the same chip."""
     index = {(hub.keys[s], c): i for i, (s, c) in enumerate(zip(hub.rows.sample, hub.rows.chip, strict=True))}
     right = always = n = 0
@@ -111,9 +144,11 @@ def faster(hub: Hub, error: Array) -> None:
         f"\nWhich of float and w8a8 is faster: right in {100 * right / n:.1f} %;"
         f" always w8a8: {100 * always / n:.1f} %; n {n}"
     )
+    name = f"Faster of float and w8a8 (always w8a8: {100 * always / n:.1f} %)"
+    return [Goal(name, 100 * right / n, " %", n, least=96)]
 
 
-def coverage(hub: Hub, error: Array) -> float:
+def coverage(hub: Hub, error: Array) -> tuple[float, list[Goal]]:
     """The 80 % factor, and how it covers models that did not choose it (two halves of the models, 50 splits)."""
     weight, models = weights(hub, hub.rows), hub.models[hub.rows.sample]
     names, draw, shares, factors = sorted(set(models)), np.random.default_rng(0), [], []
@@ -128,10 +163,14 @@ def coverage(hub: Hub, error: Array) -> float:
         f"80 % interval: mean factor {np.mean(factors):.2f}, coverage {100 * np.mean(shares):.0f} %"
         f" (10th to 90th percentile of splits: {100 * low:.0f} to {100 * high:.0f})"
     )
-    return float(np.exp(quantile(np.abs(error), weight, 0.8)))
+    goals = [
+        Goal("80 % interval: coverage", float(100 * np.mean(shares)), " %", len(hub.keys), 75, 87),
+        Goal("80 % interval: mean factor", float(np.mean(factors)), "", len(hub.keys), most=1.4),
+    ]
+    return float(np.exp(quantile(np.abs(error), weight, 0.8))), goals
 
 
-def new_chip(hub: Hub, points: int = 10) -> tuple[float, ...]:
+def new_chip(hub: Hub, points: int = 10) -> tuple[dict[str, float], list[Goal]]:
     """Each chip in turn: no measurements, ``points`` models; predicted models are new, or measured on another chip.
     Returns the 80 % factors without calibration, with it, and with a measurement elsewhere."""
     draw, models = np.random.default_rng(1), hub.models
@@ -160,15 +199,17 @@ def new_chip(hub: Hub, points: int = 10) -> tuple[float, ...]:
             carried.append(at + elsewhere.residual[here.sample[test]] - here.log_us[test])
             kept.append(here.pick(test))
     rows = Measured(*(np.concatenate([getattr(part, name) for part in kept]) for name in ("sample", "chip", "log_us")))
-    for title, error in (
-        ("A chip without measurements", blind),
-        (f"A new chip with {points} calibration models, new models", fresh),
-        (f"A new chip with {points} calibration models, models measured on another chip", carried),
-    ):
-        table(title, hub, np.concatenate(error), rows)
-    weight = weights(hub, rows)
-    widths = (quantile(np.abs(np.concatenate(error)), weight, 0.8) for error in (blind, fresh, carried))
-    return tuple(float(np.exp(width)) for width in widths)
+    titles = (
+        "A chip without measurements", f"A new chip with {points} calibration models",
+        f"A new chip with {points} calibration models, models measured on another chip",
+    )  # fmt: skip
+    widths, spreads = {}, []
+    for key, title, parts in zip(("uncalibrated", "few", "carried"), titles, (blind, fresh, carried), strict=True):
+        error = np.concatenate(parts)
+        spreads.append(table(title, hub, error, rows)["all"])
+        widths[key] = float(np.exp(quantile(np.abs(error), weights(hub, rows), 0.8)))
+    limits = zip(titles[1:], spreads[1:], (13, 8), strict=True)
+    return widths, [Goal(f"{title}: median error", s.median, " %", s.n, most=most) for title, s, most in limits]
 
 
 # ---------------------------------------------------------------------------------------------------------- decoders
@@ -200,11 +241,11 @@ def decoder_rows() -> tuple[Array, Array, dict[str, Array], dict[str, Array]]:
     )
 
 
-def decoders() -> tuple[dict[str, dict[str, float]], float]:
+def decoders() -> tuple[dict[str, dict[str, float]], float, list[Goal]]:
     """Leave-one-architecture-out errors; returns the rates per chip ("" is a typical one) and the 80 % factor."""
     chips, architectures, seen, times = decoder_rows()
     rates: dict[str, dict[str, float]] = {}
-    factor = 1.0
+    factor, goals = 1.0, []
     print(
         f"\nLanguage models (QAIRT w4a16), unseen architecture, n {len(chips)} rows,"
         f" {len(set(architectures))} architectures"
@@ -218,21 +259,20 @@ def decoders() -> tuple[dict[str, dict[str, float]], float]:
             rate = np.array([fit.get(chip, fit[""]) for chip in chips[out]])
             error[out] = np.log((seen[part][out] * np.exp(rate)).sum(1)) - times[part][out]
         absolute = np.abs(np.expm1(error))
-        label = {"decode": "decode", "chunk": "first chunk"}[part]
-        print(
-            f"  {label:12s} median error {100 * np.median(absolute):.1f} %,"
-            f" 80th percentile {100 * np.quantile(absolute, 0.8):.1f} %"
-        )
+        label, most = {"decode": ("decode", 4.4), "chunk": ("first chunk", 6.4)}[part]
+        median = float(100 * np.median(absolute))
+        goals.append(Goal(f"Language models, unseen architecture, {label}", median, " %", len(chips), most=most))
+        print(f"  {label:12s} median error {median:.1f} %, 80th percentile {100 * np.quantile(absolute, 0.8):.1f} %")
         factor = max(factor, float(np.exp(np.quantile(np.abs(error), 0.8))))
         for chip, log_rates in fit_sums(seen[part], times[part], chips, start).items():
             rates.setdefault(chip, {}).update(rounded(terms, np.exp(log_rates)))
-    return rates, factor
+    return rates, factor, goals
 
 
 # ------------------------------------------------------------------------------------------------------------ memory
 
 
-def memory() -> tuple[dict[str, dict[str, float]], float]:
+def memory() -> tuple[dict[str, dict[str, float]], float, list[Goal]]:
     """Leave-one-model-out errors on phones (other hosts report what their driver maps: a few MB, or none); returns the
     rates per chip and the 80 % factor."""
     found, chips, models, log_mb = [], [], [], []
@@ -259,7 +299,9 @@ def memory() -> tuple[dict[str, dict[str, float]], float]:
         one, known = (100 * np.median(np.abs(np.expm1(e[mine]))) for e in (error, inside))
         print(f"  {name:26s} {one:5.1f} %  ({known:.1f} %)  n {mine.sum()}")
     rates = {name: rounded(RESIDENT, np.exp(rate)) for name, rate in whole.items()}
-    return rates, float(np.exp(np.quantile(np.abs(error), 0.8)))
+    median = float(100 * np.median(np.abs(np.expm1(error))))
+    goal = Goal("Peak memory of phones, leave one model out: median error", median, " %", len(error), most=20)
+    return rates, float(np.exp(np.quantile(np.abs(error), 0.8))), [goal]
 
 
 def rounded(names: Iterable[str], values: Array) -> dict[str, float]:
@@ -313,23 +355,58 @@ def main() -> None:
     print(
         f"{len(hub.keys)} workloads (model x precision) of {len(set(hub.models))} models, {len(hub.rows.sample)} rows"
     )
-    print("not rebuilt: " + ", ".join(f"{m} {c} ({n} rows)" for (m, c), n in sorted(hub.missing.items())))
+    print("\n".join(unbuilt(hub)))
     fit = fit_all(hub.samples, hub.rows)
     table("In the fit (no bar, for comparison)", hub, on_chips(hub, fit, hub.rows) - hub.rows.log_us, hub.rows)
     one = held_out(hub, fit, hub.models)
-    table("Leave one model out", hub, one, hub.rows)
+    found = table("Leave one model out", hub, one, hub.rows)
+    goals = [Goal("Models rebuilt", len(set(hub.models)), "", len(set(hub.models)) + len(hub.missing), least=60)]
+    goals += [
+        Goal(f"Leave one model out, {name}: median error", found[name].median, " %", found[name].n, most=11)
+        for name in NAMES
+    ]
+    goals.append(Goal("Leave one model out: within 20 %", found["all"].within20, " %", found["all"].n, least=70))
+    goals.append(Goal("Leave one model out: within 30 %", found["all"].within30, " %", found["all"].n, least=80))
     if options.details:
         details(hub, one)
     families(hub, one)
-    spearman(hub, one)
-    faster(hub, one)
-    interval = {"calibrated": coverage(hub, one)}
-    table("Leave one family out", hub, held_out(hub, fit, hub.families), hub.rows)
-    interval["uncalibrated"], interval["few"], interval["carried"] = new_chip(hub)
-    llm, interval["llm"] = decoders()
-    peak, interval["memory"] = memory()
+    family = table("Leave one family out", hub, held_out(hub, fit, hub.families), hub.rows)["all"]
+    goals.append(Goal("Leave one family out: median error", family.median, " %", family.n, most=17))
+    calibrated, more = coverage(hub, one)
+    goals += spearman(hub, one) + faster(hub, one) + more
+    widths, more = new_chip(hub)
+    llm, llm_width, llm_goals = decoders()
+    peak, peak_width, peak_goals = memory()
+    goals += more + llm_goals + peak_goals
+    lines = markdown(goals)
+    print("\n" + "\n".join(lines))
     if options.write:
+        interval = {"calibrated": calibrated, **widths, "llm": llm_width, "memory": peak_width}
         write(hub, fit, interval, llm, peak)
+        REPORT.write_text("\n".join([*INTRODUCTION, *lines, "", *unbuilt(hub)]) + "\n")
+
+
+REPORT = Path(__file__).parents[1] / "docs" / "estimates.md"
+INTRODUCTION = (
+    "# How far estimates are from measurements",
+    "",
+    "Written by `python -m benchmarks.estimates --write`. Measurements: Qualcomm AI Hub (qai-hub-models 0.65.0),",
+    "runtime qnn_dlc, layers on the NPU only, copies of another chip's measurement dropped. Every figure is held out,",
+    "and every held-out fit starts from the priors of `edgeforge/estimate/fit.py`, not from a fit that saw what it",
+    "predicts. Each (model, precision) has the same weight, however many chips measured it. n: models x precisions,",
+    "chips x precisions (Spearman), pairs (faster) or rows (language models, memory).",
+    "",
+)
+
+
+def markdown(goals: Iterable[Goal]) -> list[str]:
+    rows = [["Figure", "Measured", "Goal", "n", "Met"], ["---"] * 5, *(goal.row() for goal in goals)]
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def unbuilt(hub: Hub) -> list[str]:
+    names = ", ".join(f"{model} {component}" for model, component in sorted(hub.missing))
+    return [f"Measured but not rebuilt ({len(hub.missing)}), so in no figure above: {names}."]
 
 
 def details(hub: Hub, error: Array) -> None:

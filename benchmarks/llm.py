@@ -31,7 +31,7 @@ PRECISIONS = ("w8a8", "w4a16-b32")
 PROMPTS = ("Once upon a time", "Lily and Tom went to the park.", "One day, a little cat")
 TOKENS = 64
 #: Context of the one window that artifacts are scored on; the emulator takes about 0.2 s per token.
-FEW = 128
+FEW = 64
 STORIES = slice(600, 640)
 
 
@@ -63,6 +63,18 @@ def main() -> None:
                 kept.write_text(json.dumps(figures, indent=1))
     if arguments.write:
         arguments.write.write_text(page(figures))
+
+
+INTRODUCTION = f"""\
+# Language models with a cache
+
+Written by `python -m benchmarks.llm FOLDER --write docs/llm.md` for {TARGET}. Hexagon figures come from Qualcomm's HTP
+emulator on x86-64, never from a phone; XNNPACK and ONNX Runtime ran on x86-64.
+
+Perplexity is per token, over disjoint windows led by `<s>`, which is not scored. *all*: every window of 512 tokens;
+*first*: the first {FEW} tokens, one by one through the decode graph. *fake-quant* is float arithmetic rounded to the
+same encodings. *equal*: greedy tokens that agree with the simulator before the first that does not, for {len(PROMPTS)}
+prompts of up to {TOKENS} tokens (a text may end earlier); the simulator follows Hexagon's rules."""
 
 
 def _say(line: str) -> None:
@@ -114,15 +126,7 @@ def _equal(a: list[int], b: list[int]) -> int:
 
 def page(figures: dict[str, Any]) -> str:
     lines = [
-        "# Language models with a cache",
-        "",
-        f"Written by `python -m benchmarks.llm FOLDER --write docs/llm.md` for {TARGET}. Hexagon figures come from",
-        "Qualcomm's HTP emulator on x86-64, never from a phone; XNNPACK and ONNX Runtime ran on x86-64.",
-        "",
-        "Perplexity is per token, over disjoint windows led by `<s>`, which is not scored. *all*: every window of 512 tokens;",
-        f"*first*: the first {FEW} tokens, one by one through the decode graph. *fake-quant* is float arithmetic rounded to",
-        "the same encodings. *equal*: greedy tokens that agree with the simulator before the first that does not, for",
-        f"{len(PROMPTS)} prompts of up to {TOKENS} tokens (a text may end earlier); the simulator follows Hexagon's rules.",
+        INTRODUCTION,
     ]
     for key, row in figures.items():
         lines += [

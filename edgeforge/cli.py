@@ -216,15 +216,17 @@ def generate(
             tokens, text, _ = _stream(pieces, "" if chat else prompt, as_json)
             speeds = session.speeds(len(ids))
     if as_json:
-        _print({"tokens": tokens, "text": text, **speeds, "source": SOURCE.get(backend, "measured on this host's CPU")})
+        _print({"tokens": tokens, "text": text, **speeds, "source": _source(backend)})
 
 
-#: How a backend's artifact runs here.
-SOURCE = {
-    "simulator": "simulated on this host",
-    "ort_qnn": "emulated (HTP on x86-64)",
-    "executorch_qnn": "emulated (HTP on x86-64)",
-}
+def _source(engine: str) -> str:
+    """How a backend's artifact (or another engine) runs here."""
+    from edgeforge import backends
+
+    if engine == "simulator":
+        return "simulated on this host"
+    emulated = engine in backends.names() and backends.backend(engine).emulated
+    return "emulated (HTP on x86-64)" if emulated else "measured on this host's CPU"
 
 
 def _stream(pieces: Any, prompt: str, quiet: bool) -> tuple[list[int], str, float]:
@@ -291,7 +293,7 @@ def evaluate(
         raise InvalidInput(f"task {task} -> --task perplexity --text FILE, or --task multiple-choice --data FILE.jsonl")
     for engine, score in llm.scorers(bundle, language, spoken.context, backend or ()):
         _say(f"{engine}")
-        rows.append({"engine": engine, **measure(score), "source": SOURCE.get(engine, "computed on this host's CPU")})
+        rows.append({"engine": engine, **measure(score), "source": _source(engine)})
     if as_json:
         _print({"task": task, "protocol": protocol, "results": rows})
     else:

@@ -21,6 +21,7 @@ from edgeforge.bundle import (
     write_manifest,
     writing,
 )
+from edgeforge.compress import compress
 from edgeforge.data import Dataset, load_data
 from edgeforge.errors import InvalidInput, Reason, Unsupported
 from edgeforge.ir.graph import Graph
@@ -30,7 +31,7 @@ from edgeforge.measured import measure
 from edgeforge.models import Model, call, load_model
 from edgeforge.passes import optimize
 from edgeforge.progress import track
-from edgeforge.quantize.assign import assign
+from edgeforge.quantize.assign import assign, bits
 from edgeforge.quantize.calibrate import Range, calibrate
 from edgeforge.quantize.convert import convert
 from edgeforge.quantize.correct import correct_biases
@@ -52,6 +53,8 @@ def load(name: str) -> Model:
     from dataclasses import replace
 
     model = load_model(name)
+    if model.language is not None:
+        return model
     return replace(model, imported=replace(model.imported, graph=optimize(model.imported.graph)))
 
 
@@ -75,7 +78,8 @@ def quantize(model: Model, recipe: Recipe, target: Target, data: Dataset, requan
     graph = model.imported.graph
     if model.imported.encodings and not requantize:
         return convert(graph, plan_from(model.imported, recipe, target), target)
-    plan = assign(graph, ranges_of(graph, recipe, data), recipe, target)
+    graph = compress(graph, recipe, target, data.head(recipe.calibration.samples))
+    plan = assign(graph, ranges_of(graph, recipe, data, bits(graph, recipe, target)), recipe, target)
     quantized = convert(graph, plan, target, recipe.weights)
     if recipe.bias_correction:
         corrected = correct_biases(graph, quantized, data.head(recipe.bias_correction).stacked())
@@ -83,11 +87,10 @@ def quantize(model: Model, recipe: Recipe, target: Target, data: Dataset, requan
     return quantized
 
 
-def ranges_of(graph: Graph, recipe: Recipe, data: Dataset) -> dict[str, Range]:
+def ranges_of(graph: Graph, recipe: Recipe, data: Dataset, widths: Mapping[str, int]) -> dict[str, Range]:
     """The range of every activation of a float graph, by the recipe's method on its first samples of ``data``."""
     samples, how = _Batches(data.head(recipe.calibration.samples)), recipe.calibration
-    bits = 16 if Precision(recipe.precision).activations == "u16" else 8
-    return calibrate(graph, samples, how.method, lambda name: bits, how.percentile)
+    return calibrate(graph, samples, how.method, widths, how.percentile)
 
 
 class _Batches:

@@ -84,6 +84,26 @@ class Shape(Closed):
     chunk: int = Field(32, ge=1)
 
 
+class Smooth(Closed):
+    """`compress.smooth`: exponent ``alpha`` of all groups, None to search it per group on ``samples`` of the
+    calibration data; ``pairs``: norms and the layers that read them, or all."""
+
+    method: Literal["smooth"] = "smooth"
+    alpha: float | None = Field(None, ge=0, le=1)
+    pairs: Literal["norms", "all"] = "all"
+    samples: int = Field(16, ge=1)
+
+
+class Equalize(Closed):
+    """`compress.equalize`: at most ``sweeps`` over all groups."""
+
+    method: Literal["equalize"] = "equalize"
+    sweeps: int = Field(50, ge=1)
+
+
+Method = Annotated[Smooth | Equalize, Field(discriminator="method")]
+
+
 class Bounds(Closed):
     """What `validate` demands of an artifact; None demands nothing."""
 
@@ -94,11 +114,13 @@ class Bounds(Closed):
 
 
 class Recipe(Closed):
-    """Every choice of a quantization. ``bias_correction``: samples to measure the shift of means on, 0 for none (see
+    """Every choice of a quantization. ``compress``: methods that rewrite the float graph first, in order (see
+    `edgeforge.compress`). ``bias_correction``: samples to measure the shift of means on, 0 for none (see
     `quantize.correct`). ``bounds`` is keyed by backend, ``*`` for all others."""
 
     precision: PrecisionName = "w8a8"
     calibration: Calibration = Calibration()
+    compress: tuple[Method, ...] = ()
     weights: Literal["minmax", "mse"] = "minmax"
     bias_correction: int = Field(0, ge=0)
     overrides: tuple[Override, ...] = ()

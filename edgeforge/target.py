@@ -149,10 +149,14 @@ def _bases() -> list[str]:
     return sorted(path.stem for path in (folder("targets") / "bases").glob("*.yaml"))
 
 
+#: Words that name no chip: makers and kinds of products.
+NOISE = ("qualcomm", "samsung", "google", "5g", "mobile", "proxy")
+
+
 def plain(name: str) -> str:
-    """A name without maker, case, spaces and punctuation: "Samsung Galaxy S24+" -> "galaxys24plus"."""
+    """A name without `NOISE`, case, spaces and punctuation: "Samsung Galaxy S24+" -> "galaxys24plus"."""
     words = re.sub(r"[^a-z0-9]+", " ", name.lower().replace("+", " plus ")).split()
-    return "".join(word for word in words if word not in ("qualcomm", "samsung", "google", "5g"))
+    return "".join(word for word in words if word not in NOISE)
 
 
 @functools.cache

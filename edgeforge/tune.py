@@ -25,7 +25,7 @@ from edgeforge.ir.graph import Graph, Node
 from edgeforge.ir.op import OPS
 from edgeforge.pipeline import ranges_of
 from edgeforge.progress import track
-from edgeforge.quantize.assign import Groups, assign, precisions
+from edgeforge.quantize.assign import Groups, assign, bits, precisions
 from edgeforge.quantize.convert import convert
 from edgeforge.recipe import Override, Precision, Recipe
 from edgeforge.sim.evaluate import dequantize_outputs, quantize_feeds, run_float, simulate
@@ -238,7 +238,9 @@ class _Trial:
     def __init__(self, graph: Graph, recipe: Recipe, target: Target, calibration: Dataset, data: Dataset):
         self.graph, self.recipe, self.target, self.labels = graph, recipe, target, data.labels
         self.unit = "MB" if target.latency is None else "ms (estimated)"
-        self.ranges = ranges_of(graph, recipe, calibration)
+        self.ranges = {
+            width: ranges_of(graph, recipe, calibration, dict.fromkeys(graph.values, width)) for width in (8, 16)
+        }
         self.feeds = data.stacked()
         self.inputs: dict[str, float] = {}
         self.reference = run_float(graph, self.feeds, self._see)
@@ -282,7 +284,8 @@ class _Trial:
         return self.recipe.model_copy(update={"overrides": self.recipe.overrides + tuple(entries.values())})
 
     def _score(self, recipe: Recipe) -> Score:
-        integer = convert(self.graph, assign(self.graph, self.ranges, recipe, self.target), self.target, recipe.weights)
+        ranges = {name: self.ranges[width][name] for name, width in bits(self.graph, recipe, self.target).items()}
+        integer = convert(self.graph, assign(self.graph, ranges, recipe, self.target), self.target, recipe.weights)
         codes = quantize_feeds(integer, self.feeds)
         found = simulate(integer, codes)
         real = dequantize_outputs(integer, found)

@@ -115,6 +115,32 @@ def test_the_nodes_sum_to_the_whole_and_say_what_binds_them() -> None:
     assert sum((found.bound_ms or {}).values()) == pytest.approx(found.latency_ms.p50)
 
 
+def test_the_nodes_carry_what_a_roofline_needs() -> None:
+    net = Net("wide")
+    program = net.finish(net.conv(net.conv(net.input(1, 64, 512, 512), 64, 3), 8, 3, 16))
+    found = estimate_program(program, PHONE, "w8a8")
+    assert found.roofs is not None
+    big, _ = found.nodes
+    assert big.dram_bytes == big.weight_bytes + big.activation_bytes > 2 * 64 * 512 * 512
+    for node in found.nodes:
+        assert node.macs / node.us / 1e3 <= found.roofs.gmacs_per_second
+
+
+def test_a_chip_may_be_slow_in_float_alone() -> None:
+    """Units that compute in float and in integers differ in number from chip to chip; fixed costs and DRAM do not."""
+    keys = [
+        key for key in list(MODELS)[::3] if MODELS[key].family in ("resnet", "ffnet", "unet", "mobilenet", "yolo11")
+    ]
+    programs = {"/".join(key): MODELS[key].build() for key in keys}
+    seen = [
+        Point(name, precision, ms(program, precision) * (3 if precision == "float" else 1))
+        for name, program in programs.items()
+        for precision in ("float", "w8a8")
+    ]
+    factors = calibrate(load_target("snapdragon-888"), seen, programs).factors
+    assert factors["compute"]["float"] > 1.2 * factors["compute"]["w8a8"]
+
+
 def test_a_matrix_vector_product_is_bound_by_its_weights() -> None:
     net = Net("big")
     program = net.finish(net.linear(net.linear(net.input(1, 4096), 16384), 4096))

@@ -28,6 +28,7 @@ LAYERS = (
     ("passes", "recipe", "support"),
     ("frontend", "dialects", "sim", "data"),
     ("quantize", "models"),
+    ("compress",),
     ("backends",),
     ("bundle", "measured"),
     ("estimate", "validate", "llm", "conformance"),
@@ -40,7 +41,15 @@ LAYERS = (
 
 #: Packages that cost seconds or are optional, and where a module may import them when it is imported itself.
 HEAVY = {
-    "torch": ("frontend/", "dialects/pt2e", "sim/", "quantize/correct", "conformance/cases", "backends/_executorch"),
+    "torch": (
+        "frontend/",
+        "dialects/pt2e",
+        "sim/",
+        "quantize/correct",
+        "compress/",
+        "conformance/cases",
+        "backends/_executorch",
+    ),
     "onnx": ("frontend/", "dialects/onnx", "estimate/sketch"),
     "numba": ("sim/",),
     "onnxruntime": ("backends/_qnn_worker",),

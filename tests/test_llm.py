@@ -322,6 +322,12 @@ def test_a_text_too_short_for_a_prefill_step_is_refused(folder, tmp_path):
         export(str(folder), TARGET, tmp_path / "x", str(tmp_path / "short.txt"), assignments=SHAPE)
 
 
+def test_the_readme_of_a_bundle_names_files_that_exist(small):
+    text = (small.path / "README.txt").read_text()
+    for name in ("onnx_qdq/decode/model.onnx", "executorch_xnnpack/decode/model.pte"):
+        assert f"artifacts/{name}" in text and (small.path / "artifacts" / name).is_file()
+
+
 def test_a_flipped_byte_in_the_prefill_graph_is_found(small, tmp_path):
     import shutil
 

@@ -16,6 +16,7 @@ from edgeforge.errors import InvalidInput
 from edgeforge.frontend.families import decoder_config
 from edgeforge.frontend.huggingface import from_folder
 from edgeforge.llm.steps import positions_and_masks
+from edgeforge.models import load_model
 from edgeforge.sim.evaluate import run_float
 
 TINYLM = Path(__file__).parents[1] / "models" / "tinylm"
@@ -233,6 +234,13 @@ def test_what_is_not_covered_is_refused_by_name():
         decoder_config({**base, "model_type": "stablelm", "use_parallel_residual": True})
     with pytest.raises(InvalidInput, match="'hidden_size' is missing"):
         decoder_config({k: v for k, v in base.items() if k not in ("hidden_size", "head_dim")})
+
+
+def test_a_repository_that_cannot_be_fetched_is_said(monkeypatch):
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InvalidInput, match="nobody/nothing cannot be fetched from the hub"):
+        load_model("nobody/nothing")
 
 
 def test_a_longer_context_than_the_model_has_is_refused(llama):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import yaml
 
 from edgeforge.errors import InvalidInput
 from edgeforge.target import load_target, names
@@ -23,10 +25,28 @@ from edgeforge.target import load_target, names
         ("Snapdragon X Elite", "snapdragon-x-elite"),
         ("Pixel 4", "snapdragon-855"),
         ("qcs6490", "qcs6490"),
+        ("Snapdragon® 8 Gen 3 Mobile", "snapdragon-8-gen-3"),
+        ("Qualcomm® Dragonwing™ QCS8550 (Proxy)", "qcs8550"),
     ],
 )
 def test_a_target_is_found_by_part_number_marketing_name_or_device(asked: str, found: str) -> None:
     assert load_target(asked).name == found
+
+
+HUB = Path(os.environ.get("EDGEFORGE_DATA", "../shared/data")) / "hub_measurements" / "devices_and_chipsets.yaml"
+
+
+@pytest.mark.skipif(not HUB.is_file(), reason="the device list of the hosted measurements is absent")
+def test_the_catalogue_has_every_hosted_chipset_and_device() -> None:
+    hub = yaml.safe_load(HUB.read_text())
+    for key, chip in hub["chipsets"].items():
+        soc = load_target(key).soc
+        assert soc is not None
+        assert (soc.model, soc.hexagon) == (chip["soc_model"], f"v{chip['htp_version']}"), key
+        for name in (*chip["aliases"], chip["marketing_name"]):
+            assert load_target(name).soc == soc
+    for name, device in hub["devices"].items():
+        assert load_target(name).name == load_target(device["chipset"]).name
 
 
 @pytest.mark.parametrize("asked", ["iPhone 15", "", "snapdragon-9-gen-9-ultra", "../../etc/passwd", "gone.yaml"])

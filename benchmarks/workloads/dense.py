@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.workloads import workload
-from benchmarks.workloads.classify import basic, bottleneck, inverted, resnet50
+from benchmarks.workloads.classify import basic, bottleneck, resnet50
 from benchmarks.workloads.net import Net, Value
 
 # ----------------------------------------------------------------------------------------------------- segmentation
@@ -435,6 +435,3 @@ def _(net: Net) -> Value:
     for out, k in ((32, 3), (32, 3), (16, 3), (16, 1)):
         x = net.conv(x, out, k, act="relu")
     return net.conv(x, 2)
-
-
-__all__ = ["inverted"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.workloads import workload
-from benchmarks.workloads.classify import bottleneck, resnet18, resnet50, stem
+from benchmarks.workloads.classify import bottleneck, inverted, resnet50, stem
 from benchmarks.workloads.net import Net, Value
 
 # ------------------------------------------------------------------------------------------------------- YOLO blocks
@@ -508,8 +508,6 @@ def _(net: Net) -> list[Value]:
 
 @workload("movenet", "Movenet", "mobilenet")
 def _(net: Net) -> list[Value]:
-    from benchmarks.workloads.classify import inverted
-
     x = net.conv(net.input(1, 3, 192, 192), 32, 3, 2, act="relu6")
     kept = []
     for t, c, n, s in (
@@ -564,6 +562,3 @@ def _(net: Net) -> list[Value]:
         boxes.append(net.reshape(net.conv(x, count * 4, 3, s), 1, 4, -1))
         scores.append(net.reshape(net.conv(x, count * 81, 3, s), 1, 81, -1))
     return [net.concat(boxes, 2), net.softmax(net.concat(scores, 2), 1)]
-
-
-__all__ = ["resnet18", "resnet50"]

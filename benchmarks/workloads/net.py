@@ -236,6 +236,3 @@ class Net:
         """[N, H * W, C] -> [N, C, H, W]"""
         n, _, c = x.shape
         return self.reshape(self.transpose(x, 0, 2, 1), n, c, h, w)
-
-    def output(self, x: Value) -> Value:
-        return x

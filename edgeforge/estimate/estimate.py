@@ -10,7 +10,7 @@ from edgeforge.errors import InvalidInput
 from edgeforge.estimate import decoder as llm
 from edgeforge.estimate.energy import UNCERTAINTY as ENERGY_UNCERTAINTY
 from edgeforge.estimate.energy import Energy, energy
-from edgeforge.estimate.latency import chip_rates, layer_precision, times
+from edgeforge.estimate.latency import Part, chip_rates, layer_precision, times
 from edgeforge.estimate.memory import arena_bytes, peak_mb
 from edgeforge.estimate.program import Program
 from edgeforge.estimate.work import GROUPS, PRECISIONS, VTCM_BYTES
@@ -39,7 +39,8 @@ class Range:
 
 @dataclass(frozen=True)
 class NodeEstimate:
-    """``bound``: compute, vector, overhead or ddr; "fused": computed inside the layer before, or a view."""
+    """``bound``: compute, vector, overhead or ddr; "fused": computed inside the layer before, or a view. weight_bytes
+    come from DRAM; activation_bytes are read and written, as stored in tiles; dram_bytes: of both what DRAM moves."""
 
     name: str
     op: str
@@ -47,6 +48,17 @@ class NodeEstimate:
     us: float
     bound: str
     macs: int
+    weight_bytes: float
+    activation_bytes: float
+    dram_bytes: float
+
+
+@dataclass(frozen=True)
+class Roofs:
+    """The two bounds of a roofline: GMAC/s of a dense convolution and GB/s of DRAM, fitted, not a peak."""
+
+    gmacs_per_second: float
+    gbytes_per_second: float
 
 
 @dataclass(frozen=True)
@@ -63,6 +75,7 @@ class Estimate:
     peak_memory_mb: Range
     calibrated: bool
     nodes: tuple[NodeEstimate, ...] = ()
+    roofs: Roofs | None = None
     bound_ms: dict[str, float] | None = None
     arena_mb: float | None = None
     tokens_per_second: Range | None = None
@@ -126,7 +139,8 @@ def estimate_program(program: Program, target: Target, precision: str, elsewhere
     chosen = PRECISIONS[offered(target, precision)]
     if not program.layers:
         raise InvalidInput(f"{program.name} has no operations to estimate")
-    parts = times(program, chosen, chip_rates(latency.rates, latency.factors))
+    rates = chip_rates(latency.rates, latency.factors)
+    parts = times(program, chosen, rates)
     total = sum(part.us for part in parts)
     factor, calibrated, notes = interval(latency)
     if elsewhere is not None:
@@ -141,9 +155,9 @@ def estimate_program(program: Program, target: Target, precision: str, elsewhere
     for part in parts:
         bounds[part.bound] += part.us * ratio / 1e3
         macs[layer_precision(part.layer, chosen).name] += part.layer.macs
-    moved = sum(part.moved_bytes for part in parts)
-    spilled = sum(part.moved_bytes for part in parts if part.moved_bytes > VTCM_BYTES)
-    used = energy(macs, moved, sum(part.weight_bytes for part in parts) + spilled, total * ratio)
+    nodes = tuple(_node(part, ratio) for part in parts)
+    moved, dram = sum(node.activation_bytes for node in nodes), sum(node.dram_bytes for node in nodes)
+    used = energy(macs, moved, dram, total * ratio)
     return Estimate(
         program.name,
         target.name,
@@ -153,13 +167,22 @@ def estimate_program(program: Program, target: Target, precision: str, elsewhere
         used,
         Range.around(peak_mb(program, chosen, latency.memory), latency.interval["memory"]),
         calibrated,
-        tuple(
-            NodeEstimate(p.layer.output, p.layer.op, p.layer.source, p.us * ratio, p.bound, p.layer.macs) for p in parts
-        ),
+        nodes,
+        Roofs(1e3 / rates[chosen.name]["conv"], 1 / rates[chosen.name]["weights"]),
         {bound: bounds[bound] for bound in GROUPS if bound in bounds},
         arena_bytes(program, chosen) / 1e6,
         notes=notes,
     )
+
+
+def _node(part: Part, ratio: float) -> NodeEstimate:
+    """A layer's estimate, its time corrected by ``ratio``. Activations beyond the on-chip memory go through DRAM."""
+    spilled = part.moved_bytes if part.moved_bytes > VTCM_BYTES else 0.0
+    layer = part.layer
+    return NodeEstimate(
+        layer.output, layer.op, layer.source, part.us * ratio, part.bound, layer.macs,
+        part.weight_bytes, part.moved_bytes, part.weight_bytes + spilled,
+    )  # fmt: skip
 
 
 def estimate_decoder(name: str, model: llm.Decoder, target: Target, context: int) -> Estimate:

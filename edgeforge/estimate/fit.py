@@ -112,12 +112,10 @@ def _prior() -> Array:
     return np.concatenate([wide, *[deviation] * len(NAMES)])
 
 
-def fit_base(samples: Samples, log_us: Array, theta: Array | None = None, steps: int = 40) -> Array:
-    """Rates of all precisions; ``theta``: where to start (a previous fit). Gauss-Newton, annealed when cold."""
+def fit_base(samples: Samples, log_us: Array, steps: int = 40) -> Array:
+    """Parameters of the rates of all precisions: Gauss-Newton, with weights that become robust step by step."""
     k, n = len(TERMS), len(log_us)
-    scale = 0.5 if theta is None else CAUCHY
-    theta = np.zeros((1 + len(NAMES), k)) if theta is None else theta.copy()
-    prior = _prior()
+    theta, scale, prior = np.zeros((1 + len(NAMES), k)), 0.5, _prior()
     for _ in range(steps):
         predicted, share = predict(samples, base_rates(theta)[samples.precision])
         error = log_us - predicted
@@ -195,9 +193,9 @@ class Fit:
     def base(self) -> Array:
         return base_rates(self.theta)
 
-    def center(self, without: str = "") -> Array:
+    def center(self) -> Array:
         """Factors of a typical chip."""
-        return np.median([chip for name, chip in self.chips.items() if name != without], axis=0)
+        return np.median(list(self.chips.values()), axis=0)
 
 
 @dataclass(frozen=True)
@@ -218,14 +216,10 @@ def fit_all(samples: Samples, rows: Measured, chips: Mapping[str, Array] | None 
     names = sorted(set(rows.chip))
     used = np.unique(rows.sample)
     picked = samples.pick(used)
-    if chips is None:
-        relative = _two_way(samples, rows, names)
-    else:
-        relative = _relative(samples, rows, start_rates(), chips)
-    theta = None
+    relative = _two_way(samples, rows, names) if chips is None else _relative(samples, rows, start_rates(), chips)
     found = {name: np.zeros(len(CHIP_KEYS)) for name in names} | dict(chips or {})
     for _ in range(rounds):
-        theta = fit_base(picked, relative[used], theta)
+        theta = fit_base(picked, relative[used])
         base = base_rates(theta)
         residual = relative - predict(samples, base[samples.precision])[0]
         for name in names:

@@ -93,8 +93,3 @@ def times(program: Program, precision: Precision, rates: Mapping[str, Rates]) ->
 
 def _cost(work: Work, rates: Rates) -> dict[str, float]:
     return {term: amount * rates[term] for term, amount in work.amounts.items()}
-
-
-def spread(us: float, factor: float) -> tuple[float, float]:
-    """Low and high end of an interval x / factor to x * factor."""
-    return us / factor, us * factor

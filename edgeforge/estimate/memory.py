@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from edgeforge.estimate.program import Program
-from edgeforge.estimate.work import Precision
+from edgeforge.estimate.work import VTCM_BYTES, Precision, works
 
-#: MB of the process, per 10 layers, and per MB of everything else: where a fit starts.
+#: MB of the process, per 10 layers that run, and per MB of everything else: where a fit starts.
 START = {
     "process": 26.0, "layers": 0.6, "weights_float": 1.0, "weights_integer": 2.0, "tables": 0.5, "ports": 1.0,
-    "largest": 1.0, "all_float": 0.1, "all_integer": 0.2,
+    "arena": 1.0, "traffic": 0.1, "spill": 0.1,
 }  # fmt: skip
 
 
@@ -36,19 +36,20 @@ def arena_bytes(program: Program, precision: Precision) -> float:
 
 
 def amounts(program: Program, precision: Precision) -> dict[str, float]:
-    """Amounts of the terms of `START`. Ports are float32, as applications hand them over; tables are embeddings."""
-    width = precision.activations / 8 / 1e6
-    sizes = [program.size(layer.output) for layer in program.layers] or [0]
+    """Amounts of the terms of `START`. Ports are float32, as applications hand them over; tables are embeddings;
+    traffic and spill: bytes that layers read and write, all of them and those too large for on-chip memory."""
     tables = sum(layer.weights for layer in program.layers if layer.op == "gather")
     kind = "float" if precision.name == "float" else "integer"
+    found = works(program, precision)
     return dict.fromkeys(START, 0.0) | {
         "process": 1.0,
-        "layers": len(program.layers) / 10,
+        "layers": sum(bool(work.amounts) for work in found) / 10,
         f"weights_{kind}": (program.weights - tables) * precision.weights / 8 / 1e6,
         "tables": tables * precision.weights / 8 / 1e6,
         "ports": sum(program.size(name) for name in (*program.inputs, *program.outputs)) * 4 / 1e6,
-        "largest": max(sizes) * width,
-        f"all_{kind}": sum(sizes) * width,
+        "arena": arena_bytes(program, precision) / 1e6,
+        "traffic": sum(work.moved_bytes for work in found) / 1e6,
+        "spill": sum(work.moved_bytes for work in found if work.moved_bytes > VTCM_BYTES) / 1e6,
     }
 
 

@@ -6,7 +6,8 @@ The terms and what they count (per inference):
     vector terms, in thousand padded elements: feed (read and written by MAC layers), add, mul, scale (by constants),
         curve, softmax, norm, pool, resize, reduce, exotic
     move terms, in thousand padded elements: copy, permute, relayout, high_rank
-    io terms, in thousand elements: input, output, image (arithmetic on few channels, before any convolution)
+    io terms: input, output, in thousand elements of whole tiles; image (arithmetic on few channels before any
+        convolution), in thousand elements
     overheads, in layers: mac_op, vector_op, move_op; batch_op (matrices of an activation product); graph (1)
     DDR terms, in kB: weights, spill
 """
@@ -88,16 +89,17 @@ class Layout:
         self.shapes = program.shapes
         self.axis = {name: 1 if len(self.shapes[name]) >= 4 else len(self.shapes[name]) - 1 for name in program.inputs}
 
-    def padded(self, name: str) -> int:
+    def padded(self, name: str, narrow: int = 4) -> int:
+        """Elements with the depth filled up to its tile; up to 4 channels take ``narrow``."""
         shape = self.shapes[name]
-        axis = self.axis.get(name, len(shape) - 1)
-        size = math.prod(shape)
-        return size // max(shape[axis], 1) * up(shape[axis], TILE_DEPTH if shape[axis] > 4 else 4) if shape else 1
+        if not shape:
+            return 1
+        depth = shape[self.axis.get(name, len(shape) - 1)]
+        return math.prod(shape) // max(depth, 1) * up(depth, TILE_DEPTH if depth > 4 else narrow)
 
-    def tiled(self, name: str) -> int:
-        shape = self.shapes[name]
-        axis = self.axis.get(name, len(shape) - 1)
-        return math.prod(shape) // max(shape[axis], 1) * up(shape[axis], TILE_DEPTH) if shape else 1
+    def ports(self, names: Sequence[str]) -> float:
+        """Thousand elements of inputs or outputs: they are converted from and to whole tiles."""
+        return sum(self.padded(name, TILE_DEPTH) for name in names) / 1e3
 
     def follow(self, layer: Layer) -> str:
         """Set the output's axis; for moves returns "free", "permute" or "relayout"."""
@@ -157,8 +159,8 @@ def works(program: Program, precision: Precision) -> list[Work]:
         work.moved_bytes = sum(layout.padded(name) for name in {*layer.inputs, layer.output}) * bits / 8
         if work.moved_bytes > VTCM_BYTES:
             work.amounts["spill"] = work.moved_bytes / 1e3
-    out[0].amounts |= {"graph": 1.0, "input": sum(layout.tiled(name) for name in program.inputs) / 1e3}
-    out[-1].amounts["output"] = sum(layout.tiled(name) for name in program.outputs) / 1e3
+    out[0].amounts |= {"graph": 1.0, "input": layout.ports(program.inputs)}
+    out[-1].amounts["output"] = layout.ports(program.outputs)
     return out
 
 

@@ -116,7 +116,7 @@ def ceil_log2(s: Array) -> Array:
 def dot_bound(weights: Array, bias: Array | None, low: int, high: int) -> int:
     """Largest |accumulator| any input in [low, high] (zero point already subtracted) can reach, from the actual
     weights [C, ...] and bias [C]."""
-    w = weights.reshape(weights.shape[0], -1).astype(np.int64)
-    positive, negative = np.maximum(w, 0).sum(1), np.minimum(w, 0).sum(1)
+    w = weights.reshape(weights.shape[0], -1)
+    positive, negative = np.maximum(w, 0).sum(1, dtype=np.int64), np.minimum(w, 0).sum(1, dtype=np.int64)
     b = np.zeros(len(w), np.int64) if bias is None else bias.astype(np.int64)
     return int(np.maximum(positive * high + negative * low + b, -(positive * low + negative * high + b)).max())

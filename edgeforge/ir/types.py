@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +29,19 @@ RANGE = {
 }
 
 BITS = {"f32": 32, "i64": 64, "i32": 32, "u16": 16, "u8": 8, "i8": 8, "i4": 4}
+
+
+#: Elements of a large array that are worked on at a time: temporaries are several times wider than codes.
+BLOCK = 1 << 22
+
+
+def row_blocks(shape: tuple[int, ...]) -> Iterator[Any]:
+    """Indices that cover an array of ``shape``: slices of its leading axis with about BLOCK elements."""
+    if not shape:
+        yield ()
+        return
+    step = max(BLOCK // max(int(np.prod(shape[1:], dtype=np.int64)), 1), 1)
+    yield from (slice(at, at + step) for at in range(0, shape[0], step))
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,9 +80,12 @@ class QParams:
 
     def quantize(self, real: np.ndarray, dtype: str) -> np.ndarray:
         """Codes nearest to ``real`` (half to even), saturated to the range of ``dtype``."""
-        low, high = RANGE[dtype]
-        code = np.rint(np.asarray(real, np.float64) / self.broadcast(np.shape(real))) + self.zero
-        return np.clip(code, low, high).astype(NUMPY[dtype])
+        (low, high), real = RANGE[dtype], np.asarray(real)
+        scale, codes = np.broadcast_to(self.broadcast(real.shape), real.shape), np.empty(real.shape, NUMPY[dtype])
+        for rows in row_blocks(real.shape):
+            code = np.rint(real[rows].astype(np.float64) / scale[rows]) + self.zero
+            codes[rows] = np.clip(code, low, high)
+        return codes
 
     def dequantize(self, code: np.ndarray) -> np.ndarray:
         """float32 values of ``code``: the product is rounded once, as DequantizeLinear does."""

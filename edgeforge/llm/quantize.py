@@ -15,7 +15,7 @@ from edgeforge.ir.graph import Graph
 from edgeforge.llm.steps import positions_and_masks
 from edgeforge.measured import measure
 from edgeforge.progress import track
-from edgeforge.quantize.assign import assign
+from edgeforge.quantize.assign import assign, bits
 from edgeforge.quantize.calibrate import Range, calibrate
 from edgeforge.quantize.convert import convert
 from edgeforge.recipe import Precision, Recipe
@@ -96,14 +96,15 @@ def quantize_language(
         notes = (f"MLP padded with zeros from {language.config.hidden} to {padded.config.hidden} features (blocks)",)
     language = padded
     whole = language.graph("calibration", chunk, context)
-    bits = 16 if Precision(recipe.precision).activations == "u16" else 8
     steps = Steps(language, [s for s in sequences if len(s) >= chunk][: recipe.calibration.samples], chunk, context)
-    method, percentile = recipe.calibration.method, recipe.calibration.percentile
-    ranges = within_masks(whole, calibrate(whole, steps, method, lambda name: bits, percentile))
-    parts = {}
+    how, widths = recipe.calibration, bits(whole, recipe, target)
+    ranges = within_masks(whole, calibrate(whole, steps, how.method, widths, how.percentile))
+    parts: dict[str, Part] = {}
     for name, tokens in (("prefill", chunk), ("decode", 1)):
         real = language.graph(f"{language.name}-{name}", tokens, context, last_only=True)
-        parts[name] = Part(real, convert(real, assign(real, ranges, recipe, target), target, recipe.weights))
+        plan, first = assign(real, ranges, recipe, target), parts.get("prefill")
+        made = convert(real, plan, target, recipe.weights, first and first.graph)
+        parts[name] = Part(real, made)
     decode, measured = measure(parts["decode"].graph, target)
     known = decode.producers()
     prefill = parts["prefill"].graph

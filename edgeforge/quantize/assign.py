@@ -11,7 +11,7 @@ import numpy as np
 from edgeforge.errors import Reason, Unsupported
 from edgeforge.ir.graph import Graph, Node
 from edgeforge.ir.op import ACT, OPS
-from edgeforge.ir.types import RANGE, QParams, TensorType
+from edgeforge.ir.types import BITS, RANGE, QParams, TensorType
 from edgeforge.quantize.calibrate import Range
 from edgeforge.recipe import Override, Precision, Recipe, Width
 from edgeforge.target import Target
@@ -98,6 +98,14 @@ def assign(graph: Graph, ranges: Mapping[str, Range], recipe: Recipe, target: Ta
     reads = _reads(graph, groups, precision, types, limits, target)
     _check(graph, precision, types, target)
     return Plan(types, precision, reads)
+
+
+def bits(graph: Graph, recipe: Recipe, target: Target) -> dict[str, int]:
+    """Bits of every activation under a recipe. Raises Unsupported as `assign` does, before anything is calibrated."""
+    names = (*graph.inputs, *(node.output for node in graph.nodes))
+    anything = {name: (-1.0, 1.0) for name in names if graph.type(name).dtype == "f32"}
+    types = assign(graph, anything, recipe, target).types
+    return {name: BITS[types[name].dtype] for name in anything}
 
 
 def precisions(graph: Graph, recipe: Recipe) -> tuple[dict[str, Precision], dict[str, Width]]:

@@ -19,13 +19,14 @@ def calibrate(
     graph: Graph,
     batches: Iterable[Batch],
     method: str = "minmax",
-    bits: Callable[[str], int] = lambda name: 8,
+    bits: Mapping[str, int] | None = None,
     percentile: float = 99.99,
 ) -> dict[str, Range]:
     """Ranges by value name, of the inputs and of every node's output.
 
     method: "minmax" | "percentile" | "mse" | "entropy"; all but minmax make a second pass over ``batches`` (a
-    re-iterable). Raises InvalidInput on no data, and on NaN or infinity (naming batch and value)."""
+    re-iterable). bits: of each value, 8 where nothing is said. Raises InvalidInput on no data, and on NaN or infinity
+    (naming batch and value)."""
     if method not in METHODS:
         raise InvalidInput(f"calibration method {method!r} is unknown -> one of {', '.join(METHODS)}")
     seen: dict[str, Range] = {}
@@ -48,7 +49,8 @@ def calibrate(
         return seen
     histograms = {name: Histogram(*limits) for name, limits in seen.items()}
     _visit(graph, batches, lambda name, values, number: histograms[name].add(values))
-    return {name: METHODS[method](histogram, bits(name), percentile) for name, histogram in histograms.items()}
+    width = bits or {}
+    return {name: METHODS[method](found, width.get(name, 8), percentile) for name, found in histograms.items()}
 
 
 def _visit(graph: Graph, batches: Iterable[Batch], see: Callable[[str, np.ndarray, int], None]) -> None:

@@ -19,8 +19,8 @@ from edgeforge.target import Target
 
 
 class _Converter:
-    def __init__(self, graph: Graph, plan: Plan, weight_method: str):
-        self.graph, self.plan, self.weight_method = graph, plan, weight_method
+    def __init__(self, graph: Graph, plan: Plan, weight_method: str, made: Graph | None):
+        self.graph, self.plan, self.weight_method, self.made = graph, plan, weight_method, made
         self.values: dict[str, Value] = {}
         self.nodes: list[Node] = []
 
@@ -52,6 +52,8 @@ class _Converter:
         if kept is not None:
             assert kept.q is not None
             made = Value(name, kept, kept.q.quantize(self.data(name), kept.dtype))
+        elif role == WEIGHT and (same := self.same(name, self.plan.precision[node.output].weights)) is not None:
+            made = same
         elif role == WEIGHT:
             precision = self.plan.precision[node.output]
             block = precision.block if node.op == "linear" else None
@@ -63,6 +65,12 @@ class _Converter:
             made = self.constant(node, name)
         return self.add(made)
 
+    def same(self, name: str, dtype: str) -> Value | None:
+        """The weights ``name`` as the other graph has them."""
+        values = {} if self.made is None else self.made.values
+        found = (values.get(key) for key in (name, f"{name}.{dtype}"))
+        return next((replace(v, name=name) for v in found if v is not None and v.type.dtype == dtype), None)
+
     def data(self, name: str) -> np.ndarray:
         data = self.graph.values[name].data
         assert data is not None, name
@@ -72,7 +80,9 @@ class _Converter:
         """Keep a constant; one name is given to each encoding of it."""
         known = self.values.get(made.name)
         if known is not None and known.type != made.type:
-            made = replace(made, name=f"{made.name}.{len(self.values)}")
+            named = f"{made.name}.{made.type.dtype}"
+            taken = named in self.values and self.values[named].type != made.type
+            made = replace(made, name=f"{named}.{len(self.values)}" if taken else named)
         self.values[made.name] = made
         return made.name
 
@@ -107,9 +117,12 @@ class _Converter:
         return made
 
 
-def convert(graph: Graph, plan: Plan, target: Target, weight_method: str = "minmax") -> Graph:
-    """The integer graph under the rounding rules of ``target``."""
-    return as_computed(_Converter(graph, plan, weight_method).run(), target)
+def convert(
+    graph: Graph, plan: Plan, target: Target, weight_method: str = "minmax", made: Graph | None = None
+) -> Graph:
+    """The integer graph under the rounding rules of ``target``. made: an integer graph with the same encodings,
+    whose weights are taken."""
+    return as_computed(_Converter(graph, plan, weight_method, made).run(), target)
 
 
 def as_computed(graph: Graph, target: Target) -> Graph:

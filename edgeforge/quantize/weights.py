@@ -6,7 +6,7 @@ import numpy as np
 
 from edgeforge.errors import InvalidInput
 from edgeforge.ir.fixed import LPBQ_STEPS
-from edgeforge.ir.types import RANGE, QParams, TensorType, Value
+from edgeforge.ir.types import RANGE, QParams, TensorType, Value, row_blocks
 
 
 def quantize_weight(
@@ -16,9 +16,17 @@ def quantize_weight(
     Codes of float weights [O, ...]: ``scale = max|w| / 127`` (or / 7) per output channel; with method "mse" the
     factor in 0.5..1 of that scale with the least squared error, per channel."""
     if block is not None:
-        return _blockwise(name, data, dtype, block)
+        scales = _block_scales(name, data, dtype, block)
+        q = QParams(scales, 0, axis=0, block=block)
+    else:
+        parts = [_channel_scales(data[rows], RANGE[dtype][1], method) for rows in row_blocks(data.shape)]
+        q = QParams(np.maximum(np.concatenate(parts), least).astype(np.float32), 0, axis=0)
+    return Value(name, TensorType(data.shape, dtype, q), q.quantize(data, dtype))
+
+
+def _channel_scales(data: np.ndarray, top: int, method: str) -> np.ndarray:
+    """float64 scale per output channel."""
     flat = data.reshape(len(data), -1).astype(np.float64)
-    top = RANGE[dtype][1]
     widest = np.maximum(np.abs(flat).max(1), 1e-9 * top) / top
     factors = np.linspace(0.5, 1.0, 51) if method == "mse" else np.ones(1)
     best, best_error = widest, np.full(len(flat), np.inf)
@@ -26,8 +34,7 @@ def quantize_weight(
         scale = (widest * factor)[:, None]
         error = ((np.clip(np.rint(flat / scale), -top, top) * scale - flat) ** 2).sum(1)
         best, best_error = np.where(error < best_error, scale[:, 0], best), np.minimum(error, best_error)
-    q = QParams(np.maximum(best, least).astype(np.float32), 0, axis=0)
-    return Value(name, TensorType(data.shape, dtype, q), q.quantize(data, dtype))
+    return best
 
 
 def least_scale(bias: np.ndarray, input_scale: float) -> np.ndarray:
@@ -35,7 +42,7 @@ def least_scale(bias: np.ndarray, input_scale: float) -> np.ndarray:
     return np.abs(bias.astype(np.float64)) / (2.0**30 * input_scale)
 
 
-def _blockwise(name: str, data: np.ndarray, dtype: str, block: int) -> Value:
+def _block_scales(name: str, data: np.ndarray, dtype: str, block: int) -> np.ndarray:
     """LPBQ (low-power block quantization, Qualcomm AIMET): 4-bit codes; the scale of a block is an integer 1..16 times
     a per-channel scale, so that a dot product stays one integer sum per channel."""
     if data.ndim != 2 or data.shape[1] % block:
@@ -45,5 +52,4 @@ def _blockwise(name: str, data: np.ndarray, dtype: str, block: int) -> Value:
     widest = np.maximum(np.abs(blocks).max(2), 1e-9) / top
     channel = np.float32(widest.max(1) / LPBQ_STEPS)
     multiplier = np.clip(np.ceil(widest / channel[:, None] - 1e-6), 1, LPBQ_STEPS)
-    q = QParams((multiplier * channel[:, None]).astype(np.float32), 0, axis=0, block=block)
-    return Value(name, TensorType(data.shape, dtype, q), q.quantize(data, dtype))
+    return (multiplier * channel[:, None]).astype(np.float32)

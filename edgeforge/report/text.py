@@ -45,6 +45,9 @@ def bundle_readme(target: Target, fields: dict[str, Any]) -> str:
         lines += ["UNCALIBRATED: ranges come from random data; outputs are meaningless.", ""]
     for name, record in fields["backends"].items():
         needs, command = PHONE.get(name, ("see the backend's documentation", ""))
+        if fields.get("language"):
+            command = command.replace(f"artifacts/{name}/", f"artifacts/{name}/decode/")
+            needs += "; prefill/ and decode/ hold one artifact each"
         lines.append(f"[{name}]")
         if record.status != "built":
             lines += [f"  not built: {record.reason}", ""]

@@ -40,17 +40,15 @@ def _kinds(n: NodeView) -> Iterator[str]:
         yield "depthwise_2"
     if n.node.op == "softmax" and n.shape(0)[n["axis"]] < 3:
         yield "softmax_short"
-    if n.node.op == "avg_pool" and not covers_image(n):
-        yield "window"
-    if n.node.op == "reduce_mean" and (n["axes"] != (2, 3) or not n["keepdims"]) and n.shape(0)[-1] != n.out.shape[-1]:
-        yield "mean_last"
+    if (n.node.op == "reduce_mean" and n["axes"] == (2, 3) and n["keepdims"]) or covers_image(n):
+        yield "global"
     if OPS[n.node.op].numerics == "dot" and n.type(1).dtype == "i4":
         yield "dot_i4"
 
 
 def covers_image(n: NodeView) -> bool:
-    """Whether a pooling window is the whole image."""
-    return n["kernel"] == n.shape(0)[2:] and not any(n["pads"])
+    """Whether a node averages over windows as large as the image."""
+    return n.node.op == "avg_pool" and n["kernel"] == n.shape(0)[2:] and not any(n["pads"])
 
 
 def averages_apart(n: NodeView) -> bool:
@@ -64,7 +62,7 @@ def _is_depthwise_stride_2(n: NodeView) -> bool:
     if n.node.op not in ("conv2d", "avg_pool") or n["stride"] != (2, 2):
         return False
     channels, sides = n.shape(0)[1], n["kernel"] if "kernel" in n.attrs else n.shape(1)[2:]
-    if n.node.op == "avg_pool" and covers_image(n):
+    if covers_image(n):
         return False
     alone = averages_apart(n) if n.node.op == "avg_pool" else n["groups"] == channels == n.out.shape[1]
     fits = min(sides) >= 3 and max(sides) <= 7 and not (n.type(0).dtype == "u16" and 4 in sides)

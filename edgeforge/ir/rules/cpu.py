@@ -138,7 +138,7 @@ def _apply_ort_add(n: NodeView, a: Array, b: Array) -> Array:
     taken = f32(ratio[0] * np.float32(n.zero(0))) + f32(ratio[1] * np.float32(n.zero(1)))
     fixed = np.float32(n.q(-1).zero) - taken
     first, second = ((b, ratio[1]), (a, ratio[0]))
-    if a.shape[-1] == 1 and b.shape[-1] > 1:
+    if a.shape[-1:] in ((), (1,)) and b.shape[-1:] > (1,):
         first, second = second, first
     inner = _fma(first[0], first[1], fixed)
     return saturate(n, _rounded(_fma(second[0], second[1], inner)) - n.q(-1).zero)

@@ -169,12 +169,12 @@ def _apply_mean_last(n: NodeView, total: Array) -> Array:
 _EXACT8 = {
     "dot": "htp8",
     "depthwise_2": "htp_depthwise_2",
-    "window": "htp8",
+    "avg_pool": "htp8",
     "add": "htp_sum",
     "sub": "htp_sum",
     "mul": "htp_product",
-    "mean": "htp_mean",
-    "mean_last": "htp_mean_last",
+    "global": "htp_mean",
+    "reduce_mean": "htp_mean_last",
     "requantize": "htp_requantize",
     "table": "htp_table",
 }
@@ -192,12 +192,12 @@ RULES = (
 _EXACT16 = {
     "dot": "htp16",
     "depthwise_2": "htp_depthwise_2",
-    "window": "htp_window16",
+    "avg_pool": "htp_window16",
     "add": "htp_sum16",
     "sub": "htp_sum16",
     "mul": "htp_product16",
-    "mean": "htp_mean",
-    "mean_last": "htp_mean_last",
+    "global": "htp_mean",
+    "reduce_mean": "htp_mean_last",
     "requantize": "htp_requantize16",
 }
 PROFILES: dict[str, Profile] = {
@@ -206,7 +206,7 @@ PROFILES: dict[str, Profile] = {
         "u16": {**EXACT_VALUE, **_EXACT16, **NORMS["u16"]},
     },
     "htp-v68": {
-        "u8": {**EXACT_VALUE, **_EXACT8, "dot": "htp8_v68", "window": "htp8_v68"},
+        "u8": {**EXACT_VALUE, **_EXACT8, "dot": "htp8_v68", "avg_pool": "htp8_v68"},
         "u16": {**EXACT_VALUE, **_EXACT16, "dot": "htp16_v68"},
     },
 }
