@@ -529,7 +529,7 @@ def _print_results(results: list[Any], title: str, as_json: bool) -> None:
     for r in results:
         ms = [r.percentiles_us[p] / 1e3 if r.latency_us else None for p in ("p50", "p90")]
         golden = r.golden.status if r.golden.identical in (None, 1) else f"{r.golden.identical:.2%} identical"
-        about = [r.artifact, r.device.name, r.source, *ms, r.load_ms, r.peak_memory_mb, golden, "; ".join(r.flags)]
+        about = [r.label, r.device.name, r.source, *ms, r.load_ms, r.peak_memory_mb, golden, "; ".join(r.flags)]
         rows.append(about)
     _table(title, columns, rows)
 
@@ -571,7 +571,7 @@ def results(
     rows = store.rows(devices, model=model, artifact=artifact, device=device)
     if export is not None:
         chosen = {(row["run_id"], row["artifact"]) for row in rows}
-        whole = [r.document() for r in store.documents() if (r.run_id, r.artifact) in chosen]
+        whole = [r.document() for r in store.documents() if (r.run_id, r.label) in chosen]
         export.write_text(to_csv(rows) if export.suffix == ".csv" else json.dumps({"results": whole}, indent=1) + "\n")
     if as_json:
         _print({"results": rows})
@@ -594,7 +594,7 @@ def report(
     from edgeforge.report.gather import gather
     from edgeforge.report.page import render, summary
 
-    facts = [gather(bundle, run, per_node or (), _say) for bundle in bundles]
+    facts = [one for bundle in bundles for one in gather(bundle, run, per_node or (), _say)]
     place = out or (
         bundles[0].resolve().with_name(f"{bundles[0].resolve().name}.html")
         if len(bundles) == 1
@@ -605,6 +605,26 @@ def report(
         columns, rows = summary(one)
         _table(one.name, columns, rows)
     print(f"report: {place}")
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="models, targets, precisions, methods")],
+    out: Annotated[Path, typer.Option(help="folder of the trials; the same folder again resumes")],
+    executor: Annotated[str, typer.Option(help="processes, or dask")] = "processes",
+    address: Annotated[str | None, typer.Option(help="dask: of the scheduler")] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="also run what failed before")] = False,
+    as_json: Json = False,
+) -> None:
+    """Export and validate every combination; failures don't stop the rest."""
+    from edgeforge import sweep as sweeping
+
+    found = sweeping.run(file, out, executor, address, retry, _say)
+    if as_json:
+        _print({"trials": found})
+        return
+    columns = ["model", "target", "precision", "method", "backend", "identical", "SQNR dB", "metric", "how"]
+    _table(f"{file}: {len(found)} trials", columns, sweeping.rows(found))
 
 
 @app.command()
