@@ -41,7 +41,13 @@ def models() -> Iterator[tuple[str, str, str, list[str], str]]:
     yield "tinylm", str(base), "embedded", read_texts(base / "heldout.txt"), "models/tinylm/heldout.txt"
     file, stories = DATA / "lm_stories260k" / "stories260K.bin", DATA / "text_tinystories" / "tinystories_800.json"
     if file.is_file():
-        yield "stories260K", str(file), str(stories), read_texts(stories)[STORIES], f"TinyStories {STORIES.start}-{STORIES.stop - 1}"
+        yield (
+            "stories260K",
+            str(file),
+            str(stories),
+            read_texts(stories)[STORIES],
+            f"TinyStories {STORIES.start}-{STORIES.stop - 1}",
+        )
 
 
 def main() -> None:
