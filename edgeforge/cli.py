@@ -261,7 +261,6 @@ def evaluate(
     """Quality of a language model: float (MODEL, or --model), fake-quantized, integer (BUNDLE), with the protocol."""
     from edgeforge.bundle import MANIFEST, load_bundle
     from edgeforge.llm import evaluate as llm
-    from edgeforge.llm.quantize import read_texts
     from edgeforge.models import load_model
     from edgeforge.recipe import Shape
 
@@ -273,31 +272,20 @@ def evaluate(
     source = bundle or language
     assert source is not None
     spoken = llm.text_of(source, min(Shape().context, language.config.context) if language else 0)
-    head = "none" if spoken.bos is None else repr(spoken.tokenizer.id_to_token(spoken.bos))
-    rows: list[dict[str, Any]] = []
     if task == "perplexity" and text is not None:
-        found = llm.windows(read_texts(text), spoken, stride, limit)
-        protocol = (
-            f"token perplexity of {text.name}: {found.tokens} tokens scored once each, context {spoken.context}, "
-            f"stride {stride or 'disjoint'}, BOS {head} before each window, not scored"
-        )
-        measure = lambda score: {"perplexity": llm.perplexity(score, found)}  # noqa: E731
+        chosen = llm.perplexity_task(text, spoken, stride, limit)
     elif task == "multiple-choice" and data is not None:
-        questions = llm.read_questions(data, limit)
-        protocol = (
-            f"{data.name}: {len(questions)} questions, 'prompt choice' joined by a space, BOS {head}, context "
-            f"{spoken.context}; log-probability of the choice, accuracy by its sum, accuracy_norm by its sum per byte"
-        )
-        measure = lambda score: llm.multiple_choice(score, questions, spoken)  # noqa: E731
+        chosen = llm.choice_task(data, spoken, limit)
     else:
         raise InvalidInput(f"task {task} -> --task perplexity --text FILE, or --task multiple-choice --data FILE.jsonl")
+    rows = []
     for engine, score in llm.scorers(bundle, language, spoken.context, backend or ()):
-        _say(f"{engine}")
-        rows.append({"engine": engine, **measure(score), "source": _source(engine)})
+        _say(engine)
+        rows.append({"engine": engine, **chosen.measure(score), "source": _source(engine)})
     if as_json:
-        _print({"task": task, "protocol": protocol, "results": rows})
+        _print({"task": task, "protocol": chosen.protocol, "results": rows})
     else:
-        _table(protocol, list(rows[0]), [list(row.values()) for row in rows])
+        _table(chosen.protocol, list(rows[0]), [list(row.values()) for row in rows])
 
 
 @app.command()
