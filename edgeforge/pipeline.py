@@ -81,6 +81,10 @@ def quantize(model: Model, recipe: Recipe, target: Target, data: Dataset, requan
         graph, _Batches(samples), recipe.calibration.method, lambda name: bits, recipe.calibration.percentile
     )
     plan = assign(graph, ranges, recipe, target)
+    if recipe.train is not None:
+        from edgeforge.compress.train import train
+
+        graph, plan = train(graph, plan, recipe.train, target, samples)
     quantized = convert(graph, plan, target, recipe.weights)
     if recipe.bias_correction:
         corrected = correct_biases(graph, quantized, data.head(recipe.bias_correction).stacked())
