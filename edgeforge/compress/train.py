@@ -3,10 +3,11 @@
     loss = KL(float logits || logits of the graph with every activation and weight rounded)     straight-through
 
 MobileQuant (Tan et al., arXiv:2408.13933; OmniQuant, arXiv:2308.13137, has the first two, block by block), with these
-differences: clipping starts at the least squared error, scales on every group of `channels` (tied under grouped queries and rotary embedding, where the original's
-are not equivalent or are left out), zero points rounded while training, every node of the integer graph rounded
-(head, rotary embedding, residual adds), and a loss on logits that leaves the first token out, since the squared error
-of hidden states is mostly that of the attention sink's. What is learned folds into weights and encodings."""
+differences: clipping starts where the squared error is least; scales on every group of `channels` (tied under grouped
+queries and rotary embedding, where the original's are not equivalent or are left out); zero points rounded while
+training; every node of the integer graph rounded (head, rotary embedding, residual adds); and a loss on logits without
+the first token, since the squared error of hidden states is mostly the attention sink's. What is learned folds into
+weights and encodings."""
 
 from __future__ import annotations
 
