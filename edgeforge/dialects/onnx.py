@@ -20,7 +20,7 @@ from edgeforge import __version__
 from edgeforge.ir.fixed import channel_scale, clamp_codes
 from edgeforge.ir.graph import Graph, Node, NodeView
 from edgeforge.ir.op import OPS
-from edgeforge.ir.types import RANGE, QParams, TensorType
+from edgeforge.ir.types import RANGE, QParams, TensorType, pack_int4
 
 OPSET = 23
 #: Newest IR version that ONNX Runtime 1.32 and QNN 2.49 were tried with; opset 23 came with it.
@@ -120,7 +120,7 @@ class _Emitter:
         if name not in self.initializers:
             array = np.array(data, order="C")
             if dtype == "i4":
-                made = helper.make_tensor(name, TensorProto.INT4, array.shape, _pack_int4(array), raw=True)
+                made = helper.make_tensor(name, TensorProto.INT4, array.shape, pack_int4(array), raw=True)
             else:
                 made = numpy_helper.from_array(array.astype(helper.tensor_dtype_to_np_dtype(ELEMENT[dtype])), name)
             self.initializers[name] = made
@@ -196,14 +196,6 @@ class _Emitter:
         self.add("DequantizeLinear", [f"{w}/multiples", f"{w}/step", f"{w}/step_zero"], joined, joined, axis=1)
         self.add("QuantizeLinear", [f"{w}/real", joined, f"{w}/zeros"], narrow, narrow, **blocks)
         return self.add("DequantizeLinear", [narrow, f"{w}/scales", f"{w}/zeros"], real, real, **blocks)
-
-
-def _pack_int4(codes: np.ndarray) -> bytes:
-    """Two codes per byte, the first in the low half."""
-    nibbles = codes.reshape(-1).astype(np.uint8) & 15
-    if nibbles.size % 2:
-        nibbles = np.append(nibbles, np.uint8(0))
-    return (nibbles[::2] | nibbles[1::2] << 4).tobytes()
 
 
 def to_onnx(graph: Graph, two_level: bool = False) -> onnx.ModelProto:

@@ -44,6 +44,14 @@ def row_blocks(shape: tuple[int, ...]) -> Iterator[Any]:
     yield from (slice(at, at + step) for at in range(0, shape[0], step))
 
 
+def pack_int4(codes: np.ndarray) -> bytes:
+    """Two codes per byte, the first in the low half."""
+    nibbles = codes.reshape(-1).astype(np.uint8) & 15
+    if nibbles.size % 2:
+        nibbles = np.append(nibbles, np.uint8(0))
+    return (nibbles[::2] | nibbles[1::2] << 4).tobytes()
+
+
 @dataclass(frozen=True, eq=False)
 class QParams:
     """Encoding of integer codes: ``real = scale * (code - zero)``.
