@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -42,7 +42,7 @@ class Phone:
     os: str
     soc: str
     abis: tuple[str, ...]
-    source: str
+    source: Literal["device-usb", "emulated", "loopback"]
 
 
 def bench(
@@ -137,7 +137,7 @@ def read_phone(device: Any) -> Phone:
         found = next((props[name] for name in names if props.get(name)), "")
         return re.sub(r"[<>\x00-\x1f\x7f-\x9f]", " ", found)[:200]
 
-    source = "device-usb"
+    source: Literal["device-usb", "emulated", "loopback"] = "device-usb"
     if device.serial.startswith("emulator-") or "1" in (prop("ro.kernel.qemu"), prop("ro.boot.qemu")):
         source = "emulated"
     elif _on_this_machine(device.serial):

@@ -394,11 +394,12 @@ def _client() -> Any:
     if found != VERSION:
         raise MissingDependency(f"qai-hub {found} is installed, {VERSION} is needed -> pip install qai-hub=={VERSION}")
     import qai_hub
+    from qai_hub.public_rest_api import APIException
 
     client = qai_hub.Client()
     try:
         client.config.verbose = False
-    except (qai_hub.client.Error, qai_hub.public_rest_api.APIException) as error:
+    except (qai_hub.client.Error, APIException) as error:
         why = _plain(str(error)).partition("Please")[0].strip()
         raise InvalidInput(f"{why} -> qai-hub configure --api_token TOKEN (from your account's page)") from None
     return client
@@ -409,6 +410,7 @@ def _asked(ask: Callable[[], Any], token: str) -> Any:
     import qai_hub.client
     import requests
     from google.protobuf.message import DecodeError
+    from qai_hub.public_rest_api import APIException
 
     def text(error: Exception) -> str:
         return _plain(str(error).replace(token, "***"))
@@ -421,7 +423,7 @@ def _asked(ask: Callable[[], Any], token: str) -> Any:
         raise _refusal(text(error)) from None
     except (qai_hub.client.InternalError, requests.RequestException, DecodeError) as error:
         raise _Passing(f"the hub did not answer as it should: {text(error)}") from None
-    except qai_hub.public_rest_api.APIException as error:
+    except APIException as error:
         if error.status_code == 429:
             raise _Passing(f"the hub asks to slow down: {text(error)}") from None
         if error.status_code is not None and 400 <= error.status_code < 500:

@@ -96,7 +96,7 @@ class DeviceResult(Closed):
     memory_mb: (milliseconds since the start of the run, resident MB). ``flags``: written by `edgeforge ingest`,
     whatever a file says."""
 
-    schema_: Literal["edgeforge.device_result/1"] = Field(SCHEMA, alias="schema")
+    schema_: Literal["edgeforge.device_result/1"] = Field(default=SCHEMA, alias="schema")
     source: Literal["device-hosted", "device-usb", "device-app", "host", "emulated", "loopback"]
     run_id: Id
     created: Annotated[str, AfterValidator(_utc)]

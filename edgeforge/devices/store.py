@@ -162,7 +162,7 @@ def ingest(file: Path, bundle: Path | None, store: Store) -> tuple[DeviceResult,
 def to_csv(rows: Sequence[dict[str, Any]]) -> str:
     """Rows for a spreadsheet. A text that a spreadsheet would run as a formula is quoted with an apostrophe."""
     stream = io.StringIO()
-    writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+    writer: csv.DictWriter[str] = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
     writer.writeheader()
     for row in rows:
         writer.writerow({k: f"'{v}" if isinstance(v, str) and v[:1] in "=+-@" and v else v for k, v in row.items()})
