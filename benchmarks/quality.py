@@ -37,11 +37,18 @@ PRECISIONS = ("w8a8", "w4a8", "w8a16")
 METHODS = {
     "rtn": ["weights=minmax"],
     "mse": ["weights=mse", "calibration.method=mse"],
+    "gptq": ["weights=gptq"],
+    "smooth, searched + gptq": ["compress=[{method: smooth, samples: 8}]", "weights=gptq"],
     "smoothquant, norms": ["compress=[{method: smooth, alpha: 0.5, pairs: norms}]"],
     "smoothquant, all pairs": ["compress=[{method: smooth, alpha: 0.5}]"],
     "smooth, searched": ["compress=[{method: smooth, samples: 8}]"],
     "equalize": ["compress=[{method: equalize}]"],
     "mobilequant": ["compress=[{method: smooth, samples: 8}]", "train={steps: 150, batch: 4}"],
+    "mobilequant + gptq": [
+        "compress=[{method: smooth, samples: 8}]",
+        "train={steps: 150, batch: 4}",
+        "weights=gptq",
+    ],
 }
 #: What makes a row the same row.
 KEY = ("model", "method", "precision", "task", "protocol", "stress", "draw")

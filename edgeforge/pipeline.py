@@ -33,6 +33,7 @@ from edgeforge.quantize.assign import assign
 from edgeforge.quantize.calibrate import calibrate
 from edgeforge.quantize.convert import convert
 from edgeforge.quantize.correct import correct_biases
+from edgeforge.quantize.gptq import gptq
 from edgeforge.quantize.keep import plan_from
 from edgeforge.recipe import Precision, Recipe
 from edgeforge.report import bundle_readme, quantization_report
@@ -85,6 +86,8 @@ def quantize(model: Model, recipe: Recipe, target: Target, data: Dataset, requan
         from edgeforge.compress.train import train
 
         graph, plan = train(graph, plan, recipe.train, target, samples)
+    if recipe.weights == "gptq":
+        graph, plan = gptq(graph, plan, _Batches(samples), "mse" if recipe.train is None else "minmax")
     quantized = convert(graph, plan, target, recipe.weights)
     if recipe.bias_correction:
         corrected = correct_biases(graph, quantized, data.head(recipe.bias_correction).stacked())

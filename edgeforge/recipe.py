@@ -92,7 +92,14 @@ class Equalize(Closed):
     sweeps: int = Field(50, ge=1)
 
 
-Method = Annotated[Smooth | Equalize, Field(discriminator="method")]
+class Rotate(Closed):
+    """`compress.rotate`."""
+
+    method: Literal["rotate"] = "rotate"
+    seed: int = 0
+
+
+Method = Annotated[Smooth | Equalize | Rotate, Field(discriminator="method")]
 
 
 class Train(Closed):
@@ -132,7 +139,7 @@ class Recipe(Closed):
     calibration: Calibration = Calibration()
     compress: tuple[Method, ...] = ()
     train: Train | None = None
-    weights: Literal["minmax", "mse"] = "minmax"
+    weights: Literal["minmax", "mse", "gptq"] = "minmax"
     bias_correction: int = Field(0, ge=0)
     overrides: tuple[Override, ...] = ()
     data: ImageData | TextData | None = Field(None, discriminator="kind")
