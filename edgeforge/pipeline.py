@@ -82,16 +82,20 @@ def quantize(model: Model, recipe: Recipe, target: Target, data: Dataset, requan
         graph, _Batches(samples), recipe.calibration.method, lambda name: bits, recipe.calibration.percentile
     )
     plan = assign(graph, ranges, recipe, target)
+    # Training has clipped the weights already.
+    scales = "minmax" if recipe.weights == "minmax" or recipe.train is not None else "mse"
     if recipe.train is not None:
         from edgeforge.compress.train import train
 
         graph, plan = train(graph, plan, recipe.train, target, samples)
-    if recipe.weights == "gptq":
-        graph, plan = gptq(graph, plan, _Batches(samples), "mse" if recipe.train is None else "minmax")
-    quantized = convert(graph, plan, target, recipe.weights)
+
+    def rounded(graph: Graph) -> Graph:
+        chosen = gptq(graph, plan, _Batches(samples), scales) if recipe.weights == "gptq" else (graph, plan)
+        return convert(*chosen, target, scales)
+
+    quantized = rounded(graph)
     if recipe.bias_correction:
-        corrected = correct_biases(graph, quantized, data.head(recipe.bias_correction).stacked())
-        quantized = convert(corrected, plan, target, recipe.weights)
+        quantized = rounded(correct_biases(graph, quantized, data.head(recipe.bias_correction).stacked()))
     return quantized
 
 

@@ -112,7 +112,7 @@ class Train(Closed):
     batch: int = Field(8, ge=1)
     scale_rate: float = Field(3e-3, ge=0)
     clip_rate: float = Field(1e-2, ge=0)
-    range_rate: float = Field(1e-3, ge=0)
+    range_rate: float = Field(5e-3, ge=0)
     loss: Literal["kl", "hidden"] = "kl"
     check: int = Field(50, ge=1)
     patience: int = Field(4, ge=1)

@@ -2,9 +2,9 @@
 
     q_j = round(w_j / s_j);   w_k -= (w_j - s_j q_j) / U_jj * U_jk   for k > j     U = cholesky((X^T X + d I)^-1)
 
-U is upper triangular. Frantar et al., "GPTQ" (arXiv:2210.17323), columns in order of falling diag(X^T X), scales chosen beforehand per channel
-or as LPBQ blocks with integer multipliers: the codes are exactly those that the integer graph stores. X is what the
-layer reads in the float graph on calibration data."""
+U is upper triangular. Frantar et al., "GPTQ" (arXiv:2210.17323), columns in order of falling diag(X^T X), scales
+chosen beforehand per channel or as LPBQ blocks with integer multipliers: the codes are those that the integer graph
+stores. X is what the layer reads in the float graph on calibration data."""
 
 from __future__ import annotations
 

@@ -13,14 +13,14 @@ def quantize_weight(
     name: str, data: np.ndarray, dtype: str, block: int | None, method: str, least: np.ndarray | float = 0.0
 ) -> Value:
     """``least``: smallest scale per channel (a channel of near-zero weights must not push its bias out of int32).
-    Codes of float weights [O, ...]: ``scale = max|w| / 127`` (or / 7) per output channel; with any method but
-    "minmax" the factor in 0.5..1 of that scale with the least squared error, per channel."""
+    Codes of float weights [O, ...]: ``scale = max|w| / 127`` (or / 7) per output channel; with method "mse" the
+    factor in 0.5..1 of that scale with the least squared error, per channel."""
     if block is not None:
         return _blockwise(name, data, dtype, block)
     flat = data.reshape(len(data), -1).astype(np.float64)
     top = RANGE[dtype][1]
     widest = np.maximum(np.abs(flat).max(1), 1e-9 * top) / top
-    factors = np.linspace(0.5, 1.0, 51) if method != "minmax" else np.ones(1)
+    factors = np.linspace(0.5, 1.0, 51) if method == "mse" else np.ones(1)
     best, best_error = widest, np.full(len(flat), np.inf)
     for factor in factors:
         scale = (widest * factor)[:, None]
