@@ -31,7 +31,10 @@ from edgeforge.validate import perplexity
 DOCS = Path(__file__).parents[1] / "docs"
 TARGET = "snapdragon-8-gen-3"
 MODEL = "tinylm"
-PRECISIONS = ("w8a8", "w4a8", "w8a16")
+PRECISIONS = ("w8a8", "w4a8", "w8a16", "w4a16-b32")
+
+SMOOTH, ROTATE = "{method: smooth, samples: 8}", "{method: rotate}"
+TRAIN = "train={steps: 150, batch: 4}"
 
 #: Method -> recipe lines.
 METHODS = {
@@ -39,9 +42,14 @@ METHODS = {
     "mse": ["weights=mse", "calibration.method=mse"],
     "smoothquant, norms": ["compress=[{method: smooth, alpha: 0.5, pairs: norms}]"],
     "smoothquant, all pairs": ["compress=[{method: smooth, alpha: 0.5}]"],
-    "smooth, searched": ["compress=[{method: smooth, samples: 8}]"],
+    "smooth, searched": [f"compress=[{SMOOTH}]"],
     "equalize": ["compress=[{method: equalize}]"],
-    "mobilequant": ["compress=[{method: smooth, samples: 8}]", "train={steps: 150, batch: 4}"],
+    "mobilequant": [f"compress=[{SMOOTH}]", TRAIN],
+    "gptq": ["weights=gptq"],
+    "smooth + gptq": [f"compress=[{SMOOTH}]", "weights=gptq"],
+    "rotate + smooth + gptq": [f"compress=[{ROTATE}, {SMOOTH}]", "weights=gptq"],
+    "rotate + smooth + gptq, mse": [f"compress=[{ROTATE}, {SMOOTH}]", "weights=gptq", "calibration.method=mse"],
+    "rotate + mobilequant + gptq": [f"compress=[{ROTATE}, {SMOOTH}]", TRAIN, "weights=gptq"],
 }
 #: What makes a row the same row.
 KEY = ("model", "method", "precision", "task", "protocol", "stress", "draw")
@@ -57,7 +65,7 @@ def measure(method: str, precision: str, seed: int | None, draw: int, count: int
     model, target = load(MODEL), load_target(TARGET)
     graph = model.imported.graph
     (name,) = graph.inputs
-    recipe = read_recipe(model, None, precision, ["calibration.method=minmax", "calibration.samples=64"])
+    recipe = read_recipe(model, None, precision, ["calibration.method=minmax", "calibration.samples=128"])
     recipe = recipe.with_set(METHODS[method])
     tokenizer = load_tokenizer(model.base / "tokenizer.json")
     length = graph.type(name).shape[1]

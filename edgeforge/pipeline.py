@@ -35,6 +35,7 @@ from edgeforge.quantize.assign import assign, bits
 from edgeforge.quantize.calibrate import Range, calibrate
 from edgeforge.quantize.convert import convert
 from edgeforge.quantize.correct import correct_biases
+from edgeforge.quantize.gptq import gptq
 from edgeforge.quantize.keep import plan_from
 from edgeforge.recipe import Precision, Recipe
 from edgeforge.report.text import bundle_readme, quantization_report
@@ -81,14 +82,20 @@ def quantize(model: Model, recipe: Recipe, target: Target, data: Dataset, requan
     samples = data.head(recipe.calibration.samples)
     graph = compress(graph, recipe, target, samples)
     plan = assign(graph, ranges_of(graph, recipe, samples, bits(graph, recipe, target)), recipe, target)
+    # Training has clipped the weights already.
+    scales = "minmax" if recipe.weights == "minmax" or recipe.train is not None else "mse"
     if recipe.train is not None:
         from edgeforge.compress.train import train
 
         graph, plan = train(graph, plan, recipe.train, target, samples)
-    quantized = convert(graph, plan, target, recipe.weights)
+
+    def rounded(graph: Graph) -> Graph:
+        chosen = gptq(graph, plan, _Batches(samples), scales) if recipe.weights == "gptq" else (graph, plan)
+        return convert(*chosen, target, scales)
+
+    quantized = rounded(graph)
     if recipe.bias_correction:
-        corrected = correct_biases(graph, quantized, data.head(recipe.bias_correction).stacked())
-        quantized = convert(corrected, plan, target, recipe.weights)
+        quantized = rounded(correct_biases(graph, quantized, data.head(recipe.bias_correction).stacked()))
     return quantized
 
 

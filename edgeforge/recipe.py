@@ -101,7 +101,14 @@ class Equalize(Closed):
     sweeps: int = Field(50, ge=1)
 
 
-Method = Annotated[Smooth | Equalize, Field(discriminator="method")]
+class Rotate(Closed):
+    """`compress.rotate`."""
+
+    method: Literal["rotate"] = "rotate"
+    seed: int = 0
+
+
+Method = Annotated[Smooth | Equalize | Rotate, Field(discriminator="method")]
 
 
 class Train(Closed):
@@ -114,7 +121,7 @@ class Train(Closed):
     batch: int = Field(8, ge=1)
     scale_rate: float = Field(3e-3, ge=0)
     clip_rate: float = Field(1e-2, ge=0)
-    range_rate: float = Field(1e-3, ge=0)
+    range_rate: float = Field(5e-3, ge=0)
     loss: Literal["kl", "hidden"] = "kl"
     check: int = Field(50, ge=1)
     patience: int = Field(4, ge=1)
@@ -141,7 +148,7 @@ class Recipe(Closed):
     calibration: Calibration = Calibration()
     compress: tuple[Method, ...] = ()
     train: Train | None = None
-    weights: Literal["minmax", "mse"] = "minmax"
+    weights: Literal["minmax", "mse", "gptq"] = "minmax"
     bias_correction: int = Field(0, ge=0)
     overrides: tuple[Override, ...] = ()
     language: Shape = Shape()

@@ -8,11 +8,16 @@ import torch
 from torch import nn
 
 from edgeforge.compress.channels import find_channels
+from edgeforge.compress.rotate import apply, orthogonal
+from edgeforge.data import Dataset, from_arrays
 from edgeforge.frontend.torch import from_module
 from edgeforge.ir.graph import Graph
+from edgeforge.ir.types import TensorType, Value
 from edgeforge.ir.verify import verify
 from edgeforge.passes import optimize
+from edgeforge.recipe import Recipe, Rotate
 from edgeforge.sim.evaluate import run_float
+from edgeforge.target import load_target
 
 tf = pytest.importorskip("transformers")
 
@@ -143,6 +148,37 @@ def test_a_cnn_chains_through_relu_depthwise_and_skips():
     widths = sorted(g.last - g.first for g in find_channels(MODELS["cnn"]()).groups)
     assert widths == [8, 12, 16, 16, 24, 24]
     assert [g.last - g.first for g in find_channels(MODELS["relu6"]()).groups] == [12], "ReLU6 fixes the scale"
+
+
+def test_rotating_the_residual_stream_leaves_a_decoder_as_it_was_and_spreads_its_outliers():
+    graph = llama()
+    table = next(node.inputs[0] for node in graph.nodes if node.op == "gather")
+    data = graph.values[table].data.copy()
+    data[:, 3] *= 30
+    graph = graph.rebuild(values={**graph.values, table: Value(table, TensorType(data.shape), data)})
+    turned = verify(apply(graph, Rotate(), Recipe(), load_target("snapdragon-8-gen-3"), from_ids(graph)))
+    before, after = {}, {}
+    wanted = run_float(graph, feed(graph), lambda node, y: before.update({node.output: y.numpy()}))
+    got = run_float(turned, feed(graph), lambda node, y: after.update({node.output: y.numpy()}))
+    assert far(wanted[graph.outputs[0]], got[graph.outputs[0]]) < 1e-4
+    stream = next(node.output for node in graph.nodes if node.op == "gather")
+    crest = [np.abs(x[stream]).max() / x[stream].std() for x in (before, after)]
+    assert crest[1] < 0.6 * crest[0]
+
+
+def from_ids(graph: Graph) -> Dataset:
+    return from_arrays("ids", feed(graph), graph)
+
+
+@pytest.mark.parametrize("size", [1, 8, 12, 7])
+def test_rotations_are_orthogonal(size):
+    q = orthogonal(size, np.random.default_rng(0))
+    np.testing.assert_allclose(q @ q.T, np.eye(size), atol=1e-12)
+
+
+def test_an_encoder_with_norms_behind_its_sums_is_not_rotated():
+    graph = bert()
+    assert apply(graph, Rotate(), Recipe(), load_target("snapdragon-8-gen-3"), from_ids(graph)).hash() == graph.hash()
 
 
 def test_weights_that_two_layers_share_stay_as_they_are():

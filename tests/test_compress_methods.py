@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import yaml
 from compress_models import block, data, uneven
 
 from edgeforge.compress import compress
 from edgeforge.compress.channels import factors, find_channels
+from edgeforge.errors import InvalidInput
+from edgeforge.frontend import Imported
 from edgeforge.ir.graph import Graph
+from edgeforge.models import Model
+from edgeforge.pipeline import quantize
 from edgeforge.quantize.assign import assign
 from edgeforge.quantize.calibrate import calibrate
 from edgeforge.quantize.convert import convert
 from edgeforge.recipe import Equalize, Recipe, Smooth
 from edgeforge.sim.evaluate import dequantize_outputs, quantize_feeds, run_float, simulate
 from edgeforge.sim.parity import sqnr_db
-from edgeforge.target import load_target
+from edgeforge.target import load_target, read_yaml
 
 TARGET = load_target("snapdragon-8-gen-3")
 
@@ -71,3 +78,21 @@ def test_equalized_weights_have_equal_peaks_on_both_sides():
 
 def test_signed_numbers_stand_for_scales_and_their_inverses():
     np.testing.assert_allclose(factors(np.array([2, 0, -2, 1]), np.log([3.0, 4.0])), [4, 1, 0.25, 3])
+
+
+def test_a_recipe_with_every_method_survives_its_file(tmp_path):
+    recipe = Recipe().with_set(
+        ["compress=[{method: rotate}, {method: equalize}, {method: smooth, alpha: 0.5}]", "train={steps: 3}"]
+    )
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True)))
+    assert read_yaml(file, Recipe) == recipe
+    with pytest.raises(InvalidInput, match="method"):
+        recipe.with_set(["compress=[{method: magic}]"])
+
+
+def test_one_recipe_runs_all_of_it_and_gives_an_integer_graph():
+    steps = ["compress=[{method: rotate}, {method: smooth, samples: 4}]", "train={steps: 4, batch: 4}", "weights=gptq"]
+    recipe = Recipe(precision="w4a16", bias_correction=4).with_set(steps)
+    model = Model("block", Imported(uneven()), Path())
+    assert quantize(model, recipe, TARGET, data()).level == "integer"

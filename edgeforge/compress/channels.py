@@ -19,15 +19,14 @@ the graph; numbers that must be equal (or inverse) are tied, and 0 stands for a 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from edgeforge.ir.graph import Graph, Node, NodeView
 from edgeforge.ir.op import ACT, OPS
-from edgeforge.ir.types import TensorType, Value
+from edgeforge.passes.constants import with_constants
 
 
 @dataclass(frozen=True)
@@ -78,20 +77,6 @@ class Channels:
                     data = data * factors(part, log_scale)
                 scaled[output, i] = data
         return with_constants(graph, scaled)
-
-
-def with_constants(graph: Graph, changed: Mapping[tuple[str, int], np.ndarray]) -> Graph:
-    """``graph`` with other constants at (node output, input index); the other readers of a constant keep theirs."""
-    values, nodes = dict(graph.values), graph.producers()
-    reads = Counter(name for node in graph.nodes for name in node.inputs)
-    for (output, i), data in changed.items():
-        node = nodes[output]
-        name = node.inputs[i]
-        if reads[name] > 1:
-            name = f"{output}/{OPS[node.op].port(i).name}"
-            nodes[output] = replace(node, inputs=(*node.inputs[:i], name, *node.inputs[i + 1 :]))
-        values[name] = Value(name, TensorType(data.shape), data.astype(np.float32))
-    return graph.rebuild(nodes.values(), values)
 
 
 def factors(numbers: np.ndarray, log_scale: np.ndarray) -> np.ndarray:

@@ -49,7 +49,8 @@ class _Search:
     def __init__(
         self, graph: Graph, channels: Channels, recipe: Recipe, target: Target, feeds: Mapping[str, np.ndarray]
     ):
-        self.graph, self.channels, self.target, self.method = graph, channels, target, recipe.weights
+        self.graph, self.channels, self.target = graph, channels, target
+        self.method = "minmax" if recipe.weights == "minmax" else "mse"
         self.nodes = graph.producers()
         self.plan: Plan = assign(graph, calibrate(graph, [feeds]), recipe, target)
         self.exact = {value.name: torch.tensor(value.data) for value in graph.constants()}

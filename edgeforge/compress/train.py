@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from edgeforge.compress.channels import find_channels, with_constants
+from edgeforge.compress.channels import find_channels
 from edgeforge.data import Dataset
 from edgeforge.ir.fixed import LPBQ_STEPS
 from edgeforge.ir.graph import Graph, Node
 from edgeforge.ir.op import ACT, OPS, WEIGHT
 from edgeforge.ir.types import RANGE, QParams, TensorType
+from edgeforge.passes.constants import with_constants
 from edgeforge.progress import track
 from edgeforge.quantize.assign import Plan, _Groups, affine
 from edgeforge.quantize.weights import quantize_weight

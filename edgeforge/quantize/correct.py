@@ -32,12 +32,12 @@ def correct_biases(graph: Graph, quantized: Graph, feeds: Mapping[str, np.ndarra
     with torch.no_grad():
         for node in quantized.nodes:
             original = originals.get(node.output)
-            if original is None:  # a requantize between two nodes of the float graph
-                got = rounded[node.inputs[0]]
+            if original is None:  # a requantize between two nodes of the float graph, or what one narrows
+                got = _run(quantized, _plain(node), rounded)
             else:
                 wanted, got = _run(graph, _plain(original), exact), _run(quantized, _plain(node), rounded)
-                if node.op in ("linear", "conv2d"):
-                    axis = 1 if node.op == "conv2d" else wanted.ndim - 1
+                if original.op in ("linear", "conv2d") and (node.op == original.op or "clamp" not in original.attrs):
+                    axis = 1 if original.op == "conv2d" else wanted.ndim - 1
                     shift = (wanted - got).mean([i for i in range(wanted.ndim) if i != axis])
                     old = graph.values[original.inputs[2]].data if len(original.inputs) == 3 else np.float32(0)
                     biases[node.output] = old + shift.numpy()

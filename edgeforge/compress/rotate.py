@@ -1,0 +1,137 @@
+"""rotate: the residual stream of a pre-norm transformer in another orthonormal basis, in which no channel sticks out.
+
+    x = table[ids]; y = x + w_out f(rms_norm(x) w_in^T)    =>    the same with table Q, Q^T w_out, w_in Q
+
+rms_norm commutes with an orthogonal Q once its gain is folded into the layers that read it. Rotation R1 of Liu et al.,
+"SpinQuant" (arXiv:2405.16406), and Ashkboos et al., "QuaRot" (arXiv:2404.00456), not trained: a Hadamard matrix with
+random signs, times a random orthogonal matrix where the width is no power of two. Costs nothing at run time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgeforge.data import Dataset
+from edgeforge.ir.graph import Graph, Node
+from edgeforge.passes.constants import with_constants
+from edgeforge.recipe import Recipe, Rotate
+from edgeforge.target import Target
+
+
+def apply(graph: Graph, config: Rotate, recipe: Recipe, target: Target, data: Dataset) -> Graph:
+    """``graph`` with every residual stream rotated that only linears and embeddings write and only rms_norms before
+    linears read; ``data`` is not read."""
+    graph = fold_gains(graph)
+    rng = np.random.default_rng(config.seed)
+    for stream in _streams(graph):
+        graph = _turned(graph, stream, orthogonal(stream.width, rng))
+    return graph
+
+
+def fold_gains(graph: Graph) -> Graph:
+    """rms_norm(x, g) w^T   =>   rms_norm(x, 1) (w g)^T     where only linears with weights of their own read it"""
+    changed: dict[tuple[str, int], np.ndarray] = {}
+    for node in graph.nodes:
+        readers = _readers(graph, node) if node.op == "rms_norm" else []
+        if readers:
+            gain = _data(graph, node, 1)
+            changed[node.output, 1] = np.ones_like(gain)
+            changed |= {(reader.output, 1): _data(graph, reader, 1) * gain for reader in readers}
+    return with_constants(graph, changed)
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """Nodes that write a sum of activations, and the linears that read it through a norm."""
+
+    width: int
+    writers: tuple[Node, ...]
+    readers: tuple[Node, ...]
+
+
+def orthogonal(size: int, rng: np.random.Generator) -> np.ndarray:
+    """A random orthogonal [size, size] whose entries are of nearly equal magnitude where ``size`` is a power of two."""
+    power = size & -size
+    hadamard = np.ones((1, 1))
+    while len(hadamard) < power:
+        hadamard = np.kron(hadamard, [[1, 1], [1, -1]])
+    mixed, _ = np.linalg.qr(rng.normal(size=(size // power, size // power)))
+    return np.kron(mixed, hadamard / np.sqrt(power)) * rng.choice([-1.0, 1.0], size)[:, None]
+
+
+def _data(graph: Graph, node: Node, i: int) -> np.ndarray:
+    data = graph.values[node.inputs[i]].data
+    assert data is not None
+    return data.astype(np.float64)
+
+
+def _own_weight(graph: Graph, node: Node) -> bool:
+    same = [n for n in graph.nodes if n.op in ("linear", "conv2d") and n.inputs[1] == node.inputs[1]]
+    return node.op == "linear" and "clamp" not in node.attrs and len(same) == 1
+
+
+def _readers(graph: Graph, norm: Node) -> list[Node]:
+    """The linears that read a norm, or none if anything else does."""
+    users = [node for node in graph.nodes if norm.output in node.inputs]
+    fit = all(node.op == "linear" and _own_weight(graph, _plain(node)) for node in users)
+    return users if fit and norm.output not in graph.outputs else []
+
+
+def _plain(node: Node) -> Node:
+    """A clamp behind a reader does not matter."""
+    return Node(node.op, node.inputs, node.output)
+
+
+def _streams(graph: Graph) -> list[_Stream]:
+    """Sums of activations, joined through add, as far as they may be rotated."""
+    root = {name: name for name in graph.values}
+
+    def find(name: str) -> str:
+        while root[name] != name:
+            name = root[name]
+        return name
+
+    sums = {node.output for node in graph.nodes if _is_sum(graph, node)}
+    for node in graph.nodes:
+        if node.output in sums:
+            for name in node.inputs:
+                root[find(name)] = find(node.output)
+    members: dict[str, list[str]] = {}
+    for name in graph.values:
+        members.setdefault(find(name), []).append(name)
+    joined = [names for names in members.values() if len(names) > 1]
+    return [stream for names in joined if (stream := _stream(graph, set(names), sums)) is not None]
+
+
+def _is_sum(graph: Graph, node: Node) -> bool:
+    shapes = {graph.type(name).shape for name in (*node.inputs, node.output)}
+    return node.op == "add" and "clamp" not in node.attrs and len(shapes) == 1
+
+
+def _stream(graph: Graph, names: set[str], sums: set[str]) -> _Stream | None:
+    if names & {*graph.inputs, *graph.outputs} or any(graph.values[name].const for name in names):
+        return None
+    writers = [node for node in graph.nodes if node.output in names - sums]
+    outside = [node for node in graph.nodes if names & set(node.inputs) and node.output not in sums]
+    readers = [_readers(graph, node) if _is_even_norm(graph, node) else [] for node in outside]
+    if not readers or not all(readers) or not all(n.op == "gather" or _own_weight(graph, n) for n in writers):
+        return None
+    width = graph.type(writers[0].output).shape[-1]
+    return _Stream(width, tuple(writers), tuple(node for some in readers for node in some))
+
+
+def _is_even_norm(graph: Graph, node: Node) -> bool:
+    return node.op == "rms_norm" and bool(np.ptp(_data(graph, node, 1)) == 0)
+
+
+def _turned(graph: Graph, stream: _Stream, q: np.ndarray) -> Graph:
+    changed = {(node.output, 1): _data(graph, node, 1) @ q for node in stream.readers}
+    for node in stream.writers:
+        if node.op == "gather":
+            changed[node.output, 0] = _data(graph, node, 0) @ q
+        else:
+            changed[node.output, 1] = q.T @ _data(graph, node, 1)
+        if len(node.inputs) == 3:
+            changed[node.output, 2] = _data(graph, node, 2) @ q
+    return with_constants(graph, changed)
