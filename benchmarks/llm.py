@@ -32,7 +32,7 @@ PROMPTS = ("Once upon a time", "Lily and Tom went to the park.", "One day, a lit
 TOKENS = 64
 #: Context of the one window that artifacts are scored on; the emulator takes about 0.2 s per token.
 FEW = 64
-STORIES = slice(600, 640)
+STORIES = slice(600, 608)
 
 
 def models() -> Iterator[tuple[str, str, str, list[str], str]]:
@@ -41,7 +41,13 @@ def models() -> Iterator[tuple[str, str, str, list[str], str]]:
     yield "tinylm", str(base), "embedded", read_texts(base / "heldout.txt"), "models/tinylm/heldout.txt"
     file, stories = DATA / "lm_stories260k" / "stories260K.bin", DATA / "text_tinystories" / "tinystories_800.json"
     if file.is_file():
-        yield "stories260K", str(file), str(stories), read_texts(stories)[STORIES], "TinyStories 600-639"
+        yield (
+            "stories260K",
+            str(file),
+            str(stories),
+            read_texts(stories)[STORIES],
+            f"TinyStories {STORIES.start}-{STORIES.stop - 1}",
+        )
 
 
 def main() -> None:

@@ -261,7 +261,6 @@ def evaluate(
     """Quality of a language model: float (MODEL, or --model), fake-quantized, integer (BUNDLE), with the protocol."""
     from edgeforge.bundle import MANIFEST, load_bundle
     from edgeforge.llm import evaluate as llm
-    from edgeforge.llm.quantize import read_texts
     from edgeforge.models import load_model
     from edgeforge.recipe import Shape
 
@@ -273,31 +272,20 @@ def evaluate(
     source = bundle or language
     assert source is not None
     spoken = llm.text_of(source, min(Shape().context, language.config.context) if language else 0)
-    head = "none" if spoken.bos is None else repr(spoken.tokenizer.id_to_token(spoken.bos))
-    rows: list[dict[str, Any]] = []
     if task == "perplexity" and text is not None:
-        found = llm.windows(read_texts(text), spoken, stride, limit)
-        protocol = (
-            f"token perplexity of {text.name}: {found.tokens} tokens scored once each, context {spoken.context}, "
-            f"stride {stride or 'disjoint'}, BOS {head} before each window, not scored"
-        )
-        measure = lambda score: {"perplexity": llm.perplexity(score, found)}  # noqa: E731
+        chosen = llm.perplexity_task(text, spoken, stride, limit)
     elif task == "multiple-choice" and data is not None:
-        questions = llm.read_questions(data, limit)
-        protocol = (
-            f"{data.name}: {len(questions)} questions, 'prompt choice' joined by a space, BOS {head}, context "
-            f"{spoken.context}; log-probability of the choice, accuracy by its sum, accuracy_norm by its sum per byte"
-        )
-        measure = lambda score: llm.multiple_choice(score, questions, spoken)  # noqa: E731
+        chosen = llm.choice_task(data, spoken, limit)
     else:
         raise InvalidInput(f"task {task} -> --task perplexity --text FILE, or --task multiple-choice --data FILE.jsonl")
+    rows = []
     for engine, score in llm.scorers(bundle, language, spoken.context, backend or ()):
-        _say(f"{engine}")
-        rows.append({"engine": engine, **measure(score), "source": _source(engine)})
+        _say(engine)
+        rows.append({"engine": engine, **chosen.measure(score), "source": _source(engine)})
     if as_json:
-        _print({"task": task, "protocol": protocol, "results": rows})
+        _print({"task": task, "protocol": chosen.protocol, "results": rows})
     else:
-        _table(protocol, list(rows[0]), [list(row.values()) for row in rows])
+        _table(chosen.protocol, list(rows[0]), [list(row.values()) for row in rows])
 
 
 @app.command()
@@ -529,7 +517,7 @@ def _print_results(results: list[Any], title: str, as_json: bool) -> None:
     for r in results:
         ms = [r.percentiles_us[p] / 1e3 if r.latency_us else None for p in ("p50", "p90")]
         golden = r.golden.status if r.golden.identical in (None, 1) else f"{r.golden.identical:.2%} identical"
-        about = [r.artifact, r.device.name, r.source, *ms, r.load_ms, r.peak_memory_mb, golden, "; ".join(r.flags)]
+        about = [r.label, r.device.name, r.source, *ms, r.load_ms, r.peak_memory_mb, golden, "; ".join(r.flags)]
         rows.append(about)
     _table(title, columns, rows)
 
@@ -571,7 +559,7 @@ def results(
     rows = store.rows(devices, model=model, artifact=artifact, device=device)
     if export is not None:
         chosen = {(row["run_id"], row["artifact"]) for row in rows}
-        whole = [r.document() for r in store.documents() if (r.run_id, r.artifact) in chosen]
+        whole = [r.document() for r in store.documents() if (r.run_id, r.label) in chosen]
         export.write_text(to_csv(rows) if export.suffix == ".csv" else json.dumps({"results": whole}, indent=1) + "\n")
     if as_json:
         _print({"results": rows})
@@ -594,7 +582,7 @@ def report(
     from edgeforge.report.gather import gather
     from edgeforge.report.page import render, summary
 
-    facts = [gather(bundle, run, per_node or (), _say) for bundle in bundles]
+    facts = [one for bundle in bundles for one in gather(bundle, run, per_node or (), _say)]
     place = out or (
         bundles[0].resolve().with_name(f"{bundles[0].resolve().name}.html")
         if len(bundles) == 1
@@ -605,6 +593,26 @@ def report(
         columns, rows = summary(one)
         _table(one.name, columns, rows)
     print(f"report: {place}")
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="models, targets, precisions, methods")],
+    out: Annotated[Path, typer.Option(help="folder of the trials; the same folder again resumes")],
+    executor: Annotated[str, typer.Option(help="processes, or dask")] = "processes",
+    address: Annotated[str | None, typer.Option(help="dask: of the scheduler")] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="also run what failed before")] = False,
+    as_json: Json = False,
+) -> None:
+    """Export and validate every combination; failures don't stop the rest."""
+    from edgeforge import sweep as sweeping
+
+    found = sweeping.run(file, out, executor, address, retry, _say)
+    if as_json:
+        _print({"trials": found})
+        return
+    columns = ["model", "target", "precision", "method", "backend", "identical", "SQNR dB", "metric", "how"]
+    _table(f"{file}: {len(found)} trials", columns, sweeping.rows(found))
 
 
 @app.command()

@@ -78,8 +78,13 @@ def quantize(model: Model, recipe: Recipe, target: Target, data: Dataset, requan
     graph = model.imported.graph
     if model.imported.encodings and not requantize:
         return convert(graph, plan_from(model.imported, recipe, target), target)
-    graph = compress(graph, recipe, target, data.head(recipe.calibration.samples))
-    plan = assign(graph, ranges_of(graph, recipe, data, bits(graph, recipe, target)), recipe, target)
+    samples = data.head(recipe.calibration.samples)
+    graph = compress(graph, recipe, target, samples)
+    plan = assign(graph, ranges_of(graph, recipe, samples, bits(graph, recipe, target)), recipe, target)
+    if recipe.train is not None:
+        from edgeforge.compress.train import train
+
+        graph, plan = train(graph, plan, recipe.train, target, samples)
     quantized = convert(graph, plan, target, recipe.weights)
     if recipe.bias_correction:
         corrected = correct_biases(graph, quantized, data.head(recipe.bias_correction).stacked())

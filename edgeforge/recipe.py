@@ -104,6 +104,24 @@ class Equalize(Closed):
 Method = Annotated[Smooth | Equalize, Field(discriminator="method")]
 
 
+class Train(Closed):
+    """`compress.train`: Adam on free scales, weight clipping and activation encodings, ``steps`` of ``batch`` samples
+    with a cosine schedule. Learning rates: of log scales, of clipping logits, of log ranges (0 leaves one as it is).
+    ``loss``: divergence of the logits, or squared error of the last hidden state. Stops after ``patience`` checks
+    without gain; ``checkpoint``: a file from which a stopped run goes on."""
+
+    steps: int = Field(400, ge=1)
+    batch: int = Field(8, ge=1)
+    scale_rate: float = Field(3e-3, ge=0)
+    clip_rate: float = Field(1e-2, ge=0)
+    range_rate: float = Field(1e-3, ge=0)
+    loss: Literal["kl", "hidden"] = "kl"
+    check: int = Field(50, ge=1)
+    patience: int = Field(4, ge=1)
+    checkpoint: str | None = None
+    seed: int = 0
+
+
 class Bounds(Closed):
     """What `validate` demands of an artifact; None demands nothing."""
 
@@ -115,12 +133,14 @@ class Bounds(Closed):
 
 class Recipe(Closed):
     """Every choice of a quantization. ``compress``: methods that rewrite the float graph first, in order (see
-    `edgeforge.compress`). ``bias_correction``: samples to measure the shift of means on, 0 for none (see
-    `quantize.correct`). ``bounds`` is keyed by backend, ``*`` for all others."""
+    `edgeforge.compress`); ``train``: learns what they and the encodings leave open. ``bias_correction``: samples to
+    measure the shift of means on, 0 for none (see `quantize.correct`). ``bounds`` is keyed by backend, ``*`` for all
+    others."""
 
     precision: PrecisionName = "w8a8"
     calibration: Calibration = Calibration()
     compress: tuple[Method, ...] = ()
+    train: Train | None = None
     weights: Literal["minmax", "mse"] = "minmax"
     bias_correction: int = Field(0, ge=0)
     overrides: tuple[Override, ...] = ()

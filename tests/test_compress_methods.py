@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
-from torch import nn
+from compress_models import block, data, uneven
 
 from edgeforge.compress import compress
 from edgeforge.compress.channels import factors, find_channels
-from edgeforge.data import Dataset, from_arrays
-from edgeforge.frontend.torch import from_module
 from edgeforge.ir.graph import Graph
-from edgeforge.passes import optimize
 from edgeforge.quantize.assign import assign
 from edgeforge.quantize.calibrate import calibrate
 from edgeforge.quantize.convert import convert
@@ -24,46 +20,9 @@ from edgeforge.target import load_target
 TARGET = load_target("snapdragon-8-gen-3")
 
 
-class Block(nn.Module):
-    """RMSNorm, attention of two query heads over one key/value head, and a gated MLP."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.norm2 = nn.RMSNorm(16, 1e-5), nn.RMSNorm(16, 1e-5)
-        self.q, self.k, self.v, self.o = (nn.Linear(16, size, bias=False) for size in (16, 8, 8, 16))
-        self.gate, self.up, self.down = nn.Linear(16, 32), nn.Linear(16, 32), nn.Linear(32, 16)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.norm(x)
-        q = self.q(y).reshape(1, 10, 2, 8).transpose(1, 2).reshape(1, 20, 8)
-        mixed = torch.softmax(q @ self.k(y).transpose(1, 2) * 0.35, -1) @ self.v(y)
-        x = x + self.o(mixed.reshape(1, 2, 10, 8).transpose(1, 2).reshape(1, 10, 16))
-        y = self.norm2(x)
-        return x + self.down(torch.nn.functional.silu(self.gate(y)) * self.up(y))
-
-
-@pytest.fixture(scope="module")
-def block() -> Graph:
-    torch.manual_seed(0)
-    return optimize(from_module(Block().eval(), (torch.zeros(1, 10, 16),), "block").graph)
-
-
-@pytest.fixture(scope="module")
-def uneven(block) -> Graph:
-    """The block with channels of very unequal size: each scale is exp of a normal number of deviation 2."""
-    channels = find_channels(block)
-    return channels.rescale(block, np.random.default_rng(0).normal(0, 2, channels.count))
-
-
-@pytest.fixture(scope="module")
-def data(block) -> Dataset:
-    x = np.random.default_rng(1).normal(size=(24, 10, 16)).astype(np.float32)
-    return from_arrays("random", {block.inputs[0]: x}, block)
-
-
-def quality(graph: Graph, recipe: Recipe, data: Dataset) -> float:
+def quality(graph: Graph, recipe: Recipe) -> float:
     """dB of the integer graph against the float one."""
-    feeds = data.stacked()
+    feeds = data().stacked()
     plan = assign(graph, calibrate(graph, [feeds]), recipe, TARGET)
     integer = convert(graph, plan, TARGET, recipe.weights)
     got = dequantize_outputs(integer, simulate(integer, quantize_feeds(integer, feeds)))
@@ -74,30 +33,30 @@ def quality(graph: Graph, recipe: Recipe, data: Dataset) -> float:
 
 @pytest.mark.parametrize("precision", ["w8a8", "w4a8"])
 @pytest.mark.parametrize("config", [Smooth(), Smooth(alpha=0.5), Equalize()], ids=repr)
-def test_the_function_stays_and_uneven_channels_cost_less(uneven, data, config, precision):
+def test_the_function_stays_and_uneven_channels_cost_less(config, precision):
     recipe = Recipe(precision=precision, compress=(config,))
-    better = compress(uneven, recipe, TARGET, data)
-    feeds = data.stacked()
-    before, after = (run_float(graph, feeds)[graph.outputs[0]] for graph in (uneven, better))
+    better = compress(uneven(), recipe, TARGET, data())
+    feeds = data().stacked()
+    before, after = (run_float(graph, feeds)[graph.outputs[0]] for graph in (uneven(), better))
     assert np.abs(before - after).max() < 1e-5 * np.abs(before).max()
-    gain = quality(better, recipe, data) - quality(uneven, recipe, data)
+    gain = quality(better, recipe) - quality(uneven(), recipe)
     assert gain > 3
 
 
-def test_the_search_does_no_harm_where_channels_are_even(block, data):
+def test_the_search_does_no_harm_where_channels_are_even():
     recipe = Recipe(compress=(Smooth(),))
-    assert quality(compress(block, recipe, TARGET, data), recipe, data) > quality(block, recipe, data) - 0.5
+    assert quality(compress(block(), recipe, TARGET, data()), recipe) > quality(block(), recipe) - 0.5
 
 
-def test_smoothing_norms_alone_leaves_other_weights(uneven, data):
-    better = compress(uneven, Recipe(compress=(Smooth(alpha=0.5, pairs="norms"),)), TARGET, data)
-    before = {value.name: value.data for value in uneven.constants()}
+def test_smoothing_norms_alone_leaves_other_weights():
+    better = compress(uneven(), Recipe(compress=(Smooth(alpha=0.5, pairs="norms"),)), TARGET, data())
+    before = {value.name: value.data for value in uneven().constants()}
     changed = {value.name for value in better.constants() if not np.array_equal(value.data, before[value.name])}
     assert changed == {f"{name}.weight" for name in ("norm", "norm2", "q.scaled", "k", "v", "gate", "up")}
 
 
-def test_equalized_weights_have_equal_peaks_on_both_sides(uneven, data):
-    better = compress(uneven, Recipe(compress=(Equalize(),)), TARGET, data)
+def test_equalized_weights_have_equal_peaks_on_both_sides():
+    better = compress(uneven(), Recipe(compress=(Equalize(),)), TARGET, data())
     channels = find_channels(better)
     (group,) = (g for g in channels.groups if g.up == ("v",))
     peaks = []

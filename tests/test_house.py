@@ -35,7 +35,7 @@ LAYERS = (
     ("devices",),
     ("report",),
     ("pipeline",),
-    ("estimator", "tune"),
+    ("estimator", "tune", "sweep"),
     ("cli",),
 )
 

@@ -240,6 +240,13 @@ def test_devices_are_found_by_target_attribute_and_name(server, bundle):
         bench(bundle, (S25,))
 
 
+def test_a_model_in_two_files_is_not_uploaded_by_half(server, bundle):
+    (bundle.artifact("onnx_qdq") / "model.onnx.data").write_bytes(b"weights")
+    with pytest.raises(InvalidInput, match="file of their own"):
+        bench(bundle, artifact="onnx_qdq")
+    assert server.log == []
+
+
 def test_without_a_configuration_the_remedy_is_named(bundle, monkeypatch, tmp_path):
     monkeypatch.setenv("QAIHUB_CLIENT_INI", str(tmp_path / "absent.ini"))
     with pytest.raises(InvalidInput, match="qai-hub configure"):

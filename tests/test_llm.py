@@ -13,7 +13,7 @@ import torch
 from edgeforge import backends, cli
 from edgeforge.bundle import load_bundle
 from edgeforge.errors import BackendFailed, InvalidInput
-from edgeforge.frontend.decoder import DecoderConfig, Rope
+from edgeforge.frontend.decoder import Decoder, DecoderConfig, Rope
 from edgeforge.frontend.language import Language
 from edgeforge.llm.evaluate import (
     all_logits,
@@ -344,9 +344,6 @@ def test_a_flipped_byte_in_the_prefill_graph_is_found(small, tmp_path):
 def test_padding_the_mlp_keeps_the_function():
     config = DecoderConfig("t", 11, 8, 6, 1, 2, 1, 4, 1e-5, 16, (Rope((1.0, 0.1)),), (0,), (None,), mlp_bias=True)
     torch.manual_seed(0)
-    plain = Language("t", config, {}, "")
-    from edgeforge.frontend.decoder import Decoder
-
     weights = {name: torch.randn(p.shape) * 0.5 for name, p in Decoder(config, 8).named_parameters()}
     plain = Language("t", config, weights, "")
     wide = plain.padded(16)

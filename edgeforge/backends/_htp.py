@@ -15,6 +15,7 @@ from edgeforge.errors import Reason
 from edgeforge.ir.graph import Graph, Node
 from edgeforge.ir.op import OPS
 from edgeforge.ir.rules import averages_apart, covers_image
+from edgeforge.ir.rules.htp_norm import narrow_gain
 from edgeforge.ir.types import RANGE, QParams, TensorType, Value
 from edgeforge.target import Target
 
@@ -79,19 +80,11 @@ def _layer_norm(e: _Editor, node: Node) -> None:
     if node.op != "layer_norm":
         e.put(node)
         return
-    x, gain, bias = (e.graph.values[name] for name in node.inputs)
-    assert x.type.q is not None and gain.data is not None and bias.data is not None
-    assert gain.type.q is not None and bias.type.q is not None
-    q, codes = gain.type.q, gain.data
+    gain, bias = (e.graph.values[name] for name in node.inputs[1:])
+    codes, q, offset = narrow_gain(e.graph.view(node))
+    single = QParams(e.graph.view(node).q(0).scale * q.scale)
     if gain.type.dtype != "u8":
-        real = q.dequantize(codes)
-        low, high = min(float(real.min()), 0.0), max(float(real.max()), 0.0)
-        scale = np.float32((high - low) / 255)
-        q = QParams(scale, int(np.rint(-low / np.float64(scale))))
-        codes = q.quantize(real, "u8")
         e.note(node, "gain re-encoded as uint8", "HTP's integer kernel takes no 16-bit gain")
-    single = QParams(x.type.q.scale * q.scale)
-    offset = single.quantize(bias.type.q.dequantize(bias.data), "i32")
     gain_name = e.const(f"{gain.name}.gain", TensorType(gain.type.shape, "u8", q), codes)
     bias_name = e.const(f"{bias.name}.bias", TensorType(bias.type.shape, "i32", single), offset)
     e.put(replace(node, inputs=(node.inputs[0], gain_name, bias_name)))

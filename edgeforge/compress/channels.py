@@ -19,6 +19,7 @@ the graph; numbers that must be equal (or inverse) are tied, and 0 stands for a 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -67,23 +68,30 @@ class Channels:
     def rescale(self, graph: Graph, log_scale: np.ndarray) -> Graph:
         """``graph`` (in which these channels were found) with the scales exp(``log_scale``) folded into its constants;
         a constant that other nodes read too is copied."""
-        values, nodes = dict(graph.values), {node.output: node for node in graph.nodes}
-        reads = [name for node in graph.nodes for name in node.inputs]
+        nodes, scaled = graph.producers(), {}
         for (output, i), parts in self.constants.items():
-            if not any(part.any() for part in parts):
-                continue
-            node = nodes[output]
-            name = node.inputs[i]
-            data = values[name].data
-            assert data is not None
-            scaled = data.astype(np.float64)
-            for part in parts:
-                scaled = scaled * factors(part, log_scale)
-            if reads.count(name) > 1:
-                name = f"{output}/{OPS[node.op].port(i).name}"
-                nodes[output] = replace(node, inputs=(*node.inputs[:i], name, *node.inputs[i + 1 :]))
-            values[name] = Value(name, TensorType(data.shape), scaled.astype(np.float32))
-        return graph.rebuild(nodes.values(), values)
+            if any(part.any() for part in parts):
+                data = graph.values[nodes[output].inputs[i]].data
+                assert data is not None
+                data = data.astype(np.float64)
+                for part in parts:
+                    data = data * factors(part, log_scale)
+                scaled[output, i] = data
+        return with_constants(graph, scaled)
+
+
+def with_constants(graph: Graph, changed: Mapping[tuple[str, int], np.ndarray]) -> Graph:
+    """``graph`` with other constants at (node output, input index); the other readers of a constant keep theirs."""
+    values, nodes = dict(graph.values), graph.producers()
+    reads = Counter(name for node in graph.nodes for name in node.inputs)
+    for (output, i), data in changed.items():
+        node = nodes[output]
+        name = node.inputs[i]
+        if reads[name] > 1:
+            name = f"{output}/{OPS[node.op].port(i).name}"
+            nodes[output] = replace(node, inputs=(*node.inputs[:i], name, *node.inputs[i + 1 :]))
+        values[name] = Value(name, TensorType(data.shape), data.astype(np.float32))
+    return graph.rebuild(nodes.values(), values)
 
 
 def factors(numbers: np.ndarray, log_scale: np.ndarray) -> np.ndarray:

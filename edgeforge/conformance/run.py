@@ -28,7 +28,7 @@ from edgeforge.target import Target
 #: Cases per session of the runtime, of several rows where samples are few.
 BATCH = 50
 #: Terminal colors, and the time and place that ONNX Runtime puts before a message; paths of temporary files.
-_CHATTER = re.compile(r"\x1b\[[\d;]*m|^(BackendFailed: )?(\x1b\[[\d;]*m)?\d{4}-\d\d-\d\d .*?\] ")
+_CHATTER = re.compile(r"^(BackendFailed: )?(\x1b\[[\d;]*m)?\d{4}-\d\d-\d\d .*?\] |\x1b\[[\d;]*m")
 _PATH = re.compile(r"/\S+/")
 #: A row whose first cases are all refused, one by one, is taken for refused.
 GIVE_UP = 3
@@ -168,7 +168,8 @@ def count(made: Sequence[Outcome], keep: Path | None = None) -> Row:
             if keep is not None:
                 _keep(keep, case, expected, outcome.codes)
     known = {"exact", "table"}
-    row.rule = "bounded" if set(statuses) - known else "table" if "table" in statuses else "exact"
+    differs = bool(set(statuses) - known) or row.equal < row.integers
+    row.rule = "bounded" if differs else "table" if "table" in statuses else "exact"
     row.refused = _summary(reasons, len(made)) if reasons else None
     return row
 

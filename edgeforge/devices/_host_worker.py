@@ -1,6 +1,7 @@
 """The child process of a benchmark on this host: one artifact loaded, warmed up and timed. ``argv[1]``: a request,
 
-{"bundle": folder, "backend": name, "threads": n, "repeats": n, "warmup": n, "outputs": .npz, "figures": .json}"""
+{"bundle": folder, "part": "", "backend": name, "threads": n, "repeats": n, "warmup": n, "outputs": .npz,
+     "figures": .json}"""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     from edgeforge.backends._child import save_arrays
     from edgeforge.bundle import load_bundle
 
-    bundle, name = load_bundle(Path(request["bundle"])), request["backend"]
+    parts = load_bundle(Path(request["bundle"])).parts
+    bundle, name = next(part for part in parts if part.part == request["part"]), request["backend"]
     chosen = backends.backend(name)
     codes = bundle.golden_part("input")
     sizes = {key: bundle.graph.type(key).shape[0] for key in codes}

@@ -57,6 +57,8 @@ def bench(
     """Run the XNNPACK program on a phone.
 
     Raises InvalidInput for a bundle, a runner or a phone that do not fit, BackendFailed for what fails on the way."""
+    if bundle.prefill is not None:
+        raise InvalidInput(f"{bundle.path} holds two graphs with state between them -> bench --on host")
     record = bundle.manifest.backends.get(ARTIFACT)
     if record is None or record.status != "built":
         raise InvalidInput(f"{bundle.path} has no {ARTIFACT} program -> export with --backend {ARTIFACT}")

@@ -56,7 +56,9 @@ def bench(
     warmup: int = 5,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[DeviceResult]:
-    """One result per built artifact that runs here. Raises InvalidInput when none does."""
+    """One result per built artifact (and graph of a language model) that runs here.
+
+    Raises InvalidInput when none does."""
     about = {
         "run_id": new_run_id(),
         "created": now(),
@@ -72,11 +74,12 @@ def bench(
         if reason := record.reason if record.status != "built" else chosen.cannot_run():
             say(f"{name}: not run ({reason})")
             continue
-        say(f"{name}: {warmup} + {repeats} inferences on {threads} thread(s)")
-        try:
-            results.append(_one(bundle, name, about, threads, repeats, warmup))
-        except (BackendFailed, MissingDependency) as error:
-            say(f"{name}: failed: {error}")
+        for part in bundle.parts:
+            say(f"{name} {part.part}".rstrip() + f": {warmup} + {repeats} inferences on {threads} thread(s)")
+            try:
+                results.append(_one(part, name, about, threads, repeats, warmup))
+            except (BackendFailed, MissingDependency) as error:
+                say(f"{name}: failed: {error}")
     if not results:
         raise InvalidInput(f"{bundle.path}: no artifact ran here -> edgeforge doctor says what is missing")
     return results
@@ -85,13 +88,14 @@ def bench(
 def _one(bundle: Bundle, name: str, about: dict[str, Any], threads: int, repeats: int, warmup: int) -> DeviceResult:
     chosen = backends.backend(name)
     emulated = name == "simulator" or chosen.emulated
-    made: dict[str, Any] = {"source": "emulated" if emulated else "host", "artifact": name}
+    made: dict[str, Any] = {"source": "emulated" if emulated else "host", "artifact": name, "part": bundle.part}
     made["runtime"] = Runtime(name=chosen.summary, versions=_versions(name))
     if not chosen.emulated:
         with tempfile.TemporaryDirectory(prefix="edgeforge-") as folder:
             outputs, figures = Path(folder) / "outputs.npz", Path(folder) / "figures.json"
             request = {
-                "bundle": str(bundle.path), "backend": name, "threads": threads, "repeats": repeats, "warmup": warmup,
+                "bundle": str(bundle.path), "part": bundle.part, "backend": name, "threads": threads,
+                "repeats": repeats, "warmup": warmup,
                 "outputs": str(outputs), "figures": str(figures),
             }  # fmt: skip
             in_child(name, WORKER, request)

@@ -77,6 +77,8 @@ def plan(bundle: Bundle, artifacts: Sequence[str], compile_only: bool = False) -
     """What would be uploaded; by default the artifact that needs no compilation there (with compile_only: that does).
 
     Raises InvalidInput for artifacts that were not built or that the hub does not take."""
+    if bundle.prefill is not None:
+        raise InvalidInput(f"{bundle.path} holds two graphs with state between them -> bench --on host")
     built = [name for name, record in bundle.manifest.backends.items() if record.status == "built" and name in ROUTES]
     usual = ("onnx_qdq",) if compile_only else ("ort_qnn", "onnx_qdq")
     chosen = artifacts or [name for name in usual if name in built][:1]
@@ -88,6 +90,8 @@ def plan(bundle: Bundle, artifacts: Sequence[str], compile_only: bool = False) -
     for artifact in chosen:
         name, steps = ROUTES[artifact]
         file = bundle.artifact(artifact) / name
+        if file.with_name(f"{name}.data").is_file():
+            raise InvalidInput(f"{artifact}: weights in a file of their own are not uploaded -> --backend ort_qnn")
         sha256 = bundle.manifest.sha256[file.relative_to(bundle.path).as_posix()]
         found.append(Upload(artifact, file, sha256, file.stat().st_size, steps))
     return found
@@ -103,6 +107,7 @@ def bench(
     say: Say = lambda line: None,
 ) -> list[DeviceResult]:
     """Run artifacts on hosted devices and keep their results; goes on with an interrupted run of the same plan.
+    devices: names, targets or "chipset:NAME"; default: the bundle's target.
 
     Raises BackendFailed with the reasons of everything that failed, after the rest has been kept."""
     uploads = plan(bundle, artifacts, compile_only)
@@ -127,7 +132,7 @@ class _Run:
     compile_only: bool
     patience: Patience
     say: Say
-    jobs: dict[str, Any] = field(default_factory=dict)
+    seen: dict[str, Any] = field(default_factory=dict)
 
     def finish(self) -> list[DeviceResult]:
         self.client = _client()
@@ -190,16 +195,16 @@ class _Run:
         return new
 
     def _device(self, name: str) -> Any:
-        """The newest hosted device of that name, of a target's, or with that attribute ("chipset:...")."""
+        """The hosted device of that name, of a target, or with that attribute ("chipset:..."); the newest system."""
         target = _target(name)
         names = (name, *(target.devices if target else ()))
         if ":" in name:
             found = self._try(lambda: self.client.get_devices(attributes=[name]))
-            return found[-1] if found else _no_device(name)
+            return max(found, key=_version) if found else _no_device(name)
         known = self._try(self.client.get_devices)
         for candidate in (*names, *(f"{one} (Family)" for one in names)):
             if matching := [device for device in known if device.name == candidate]:
-                return matching[-1]
+                return max(matching, key=_version)
         return _no_device(name, [device.name for device in known])
 
     def _check_chip(self, device: Any, upload: Upload) -> None:
@@ -253,9 +258,9 @@ class _Run:
             return self.client.upload_model(str(upload.file), name=upload.name).model_id
 
         key = f"model {self._once('model', upload.name, find, make)}"
-        if key not in self.jobs:
-            self.jobs[key] = self._try(lambda: self.client.get_model(key.partition(" ")[2]))
-        return self.jobs[key]
+        if key not in self.seen:
+            self.seen[key] = self._try(lambda: self.client.get_model(key.partition(" ")[2]))
+        return self.seen[key]
 
     def _dataset(self) -> Any:
         """The golden inputs. The NPU has no 64-bit integers: ids travel as int32."""
@@ -278,9 +283,9 @@ class _Run:
             return self.client.upload_dataset(_samples(self.bundle, inputs), name=name).dataset_id
 
         key = f"dataset {self._once('dataset', name, find, make)}"
-        if key not in self.jobs:
-            self.jobs[key] = self._try(lambda: self.client.get_dataset(key.partition(" ")[2]))
-        return self.jobs[key]
+        if key not in self.seen:
+            self.seen[key] = self._try(lambda: self.client.get_dataset(key.partition(" ")[2]))
+        return self.seen[key]
 
     def _job(self, key: str, step: str, device: Any, model: Any) -> Any:
         """The job of one step of one task. Its name holds the run, so that a new run gets new jobs."""
@@ -312,9 +317,9 @@ class _Run:
             ).job_id
 
         id = self._once("job", name, find, make)
-        if id not in self.jobs:
-            self.jobs[id] = self._try(lambda: self.client.get_job(id))
-        return self.jobs[id]
+        if id not in self.seen:
+            self.seen[id] = self._try(lambda: self.client.get_job(id))
+        return self.seen[id]
 
     def _known(self) -> set[tuple[str, str]]:
         return {(kind, name) for kind, names in self.journal.ids.items() for name in names}
@@ -455,6 +460,10 @@ def _created_once() -> Iterator[None]:
         yield
     finally:
         session.MAX_RETRIES = kept
+
+
+def _version(device: Any) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", device.os)]
 
 
 def _target(name: str) -> Target | None:

@@ -92,8 +92,9 @@ class Golden(Closed):
 
 class DeviceResult(Closed):
     """One artifact of one bundle on one device. ``bundle_sha256``: of the bundle's manifest.json, which holds the
-    hashes of all its files. latency_us: every timed inference, in order. memory_mb: (milliseconds since the start of
-    the run, resident MB). ``flags``: written by `edgeforge ingest`, whatever a file says."""
+    hashes of all its files. part: which graph of a language model. latency_us: every timed inference, in order.
+    memory_mb: (milliseconds since the start of the run, resident MB). ``flags``: written by `edgeforge ingest`,
+    whatever a file says."""
 
     schema_: Literal["edgeforge.device_result/1"] = Field(SCHEMA, alias="schema")
     source: Literal["device-hosted", "device-usb", "device-app", "host", "emulated", "loopback"]
@@ -101,6 +102,7 @@ class DeviceResult(Closed):
     created: Annotated[str, AfterValidator(_utc)]
     bundle_sha256: Sha256
     artifact: Id
+    part: Literal["", "prefill", "decode"] = ""
     device: Device
     runtime: Runtime
     conditions: Conditions = Conditions()
@@ -132,9 +134,14 @@ class DeviceResult(Closed):
         return self.percentiles_us.get("p50")
 
     @property
+    def label(self) -> str:
+        """The artifact as tables name it."""
+        return f"{self.artifact} {self.part}".rstrip()
+
+    @property
     def name(self) -> str:
         """Of its file among a bundle's results."""
-        return f"{self.run_id}.{self.artifact}.json"
+        return f"{self.run_id}.{self.label.replace(' ', '.')}.json"
 
     def document(self) -> dict[str, Any]:
         return self.model_dump(mode="json", by_alias=True)

@@ -44,7 +44,7 @@ def read_results(bundle: Path) -> list[DeviceResult]:
     """The results beside a bundle, oldest first; those of an earlier bundle in this place are left out."""
     expected = bundle_hash(bundle)
     found = [read_result(file) for file in sorted((bundle / RESULTS).glob("*.json"))]
-    return sorted((r for r in found if r.bundle_sha256 == expected), key=lambda r: (r.created, r.run_id, r.artifact))
+    return sorted((r for r in found if r.bundle_sha256 == expected), key=lambda r: (r.created, r.run_id, r.label))
 
 
 class Store:
@@ -80,6 +80,8 @@ class Store:
                 f"the result is of bundle {result.bundle_sha256[:16]}, {bundle.path} is {expected[:16]}"
                 " -> name the bundle that was run, unchanged"
             )
+        if result.part not in [part.part for part in bundle.parts]:
+            raise InvalidInput(f"{bundle.path} has no part {result.part!r} -> name the bundle that was run")
         record = bundle.manifest.backends.get(result.artifact)
         if record is None or record.status != "built":
             raise InvalidInput(f"{bundle.path} has no artifact {result.artifact!r} -> name the bundle that was run")
@@ -93,7 +95,7 @@ class Store:
         about = (result.bundle_sha256, str(bundle.path.resolve()), m.model, m.target, m.precision)
         connection.execute("insert or replace into bundles values (?, ?, ?, ?, ?)", about)
         row = (
-            result.bundle_sha256, result.run_id, result.artifact, result.source, result.device.name, result.device.soc,
+            result.bundle_sha256, result.run_id, result.label, result.source, result.device.name, result.device.soc,
             result.created, ms.get("p50"), ms.get("p90"), result.peak_memory_mb, result.golden.status,
             "; ".join(result.flags), result.text(),
         )  # fmt: skip

@@ -15,6 +15,7 @@ from edgeforge.data import load_tokenizer
 from edgeforge.errors import InvalidInput
 from edgeforge.ir.graph import Graph
 from edgeforge.ir.op import OPS
+from edgeforge.llm.quantize import read_texts
 from edgeforge.llm.session import Session, opened
 from edgeforge.llm.steps import positions_and_masks
 from edgeforge.progress import track
@@ -276,3 +277,33 @@ def multiple_choice(score: Scorer, questions: Sequence[Question], text: Text) ->
         for kind in range(2):
             right[kind] += int(max(range(len(sums)), key=lambda i: sums[i][kind]) == question.right)
     return {"accuracy": right[0] / len(questions), "accuracy_norm": right[1] / len(questions)}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is measured, in words that belong beside every number of it, and how."""
+
+    protocol: str
+    measure: Callable[[Scorer], dict[str, float]]
+
+
+def perplexity_task(path: Path, text: Text, stride: int | None, limit: int | None) -> Task:
+    data = windows(read_texts(path), text, stride, limit)
+    protocol = (
+        f"token perplexity of {path.name}: {data.tokens} tokens scored once each, context {text.context}, "
+        f"stride {stride or 'disjoint'}, BOS {_bos(text)} before each window, not scored"
+    )
+    return Task(protocol, lambda score: {"perplexity": perplexity(score, data)})
+
+
+def choice_task(path: Path, text: Text, limit: int | None) -> Task:
+    questions = read_questions(path, limit)
+    protocol = (
+        f"{path.name}: {len(questions)} questions, 'prompt choice' joined by a space, BOS {_bos(text)}, context "
+        f"{text.context}; log-probability of the choice, accuracy by its sum, accuracy_norm by its sum per byte"
+    )
+    return Task(protocol, lambda score: multiple_choice(score, questions, text))
+
+
+def _bos(text: Text) -> str:
+    return "none" if text.bos is None else repr(text.tokenizer.id_to_token(text.bos))

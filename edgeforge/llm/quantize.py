@@ -106,17 +106,19 @@ def quantize_language(
         made = convert(real, plan, target, recipe.weights, first and first.graph)
         parts[name] = Part(real, made)
     decode, measured = measure(parts["decode"].graph, target)
-    known = decode.producers()
-    prefill = parts["prefill"].graph
-    nodes = [
-        replace(n, rule=known[n.output].rule, fixed=known[n.output].fixed)
-        if "table" in known.get(n.output, n).fixed
-        else n
-        for n in prefill.nodes
-    ]
-    parts["prefill"] = replace(parts["prefill"], graph=prefill.rebuild(nodes))
     parts["decode"] = replace(parts["decode"], graph=decode)
+    parts["prefill"] = replace(parts["prefill"], graph=_with_tables(parts["prefill"].graph, decode))
     return parts, notes + measured
+
+
+def _with_tables(graph: Graph, measured: Graph) -> Graph:
+    """``graph`` with the tables that the nodes of the same names in ``measured`` hold."""
+    known = measured.producers()
+    nodes = []
+    for node in graph.nodes:
+        other = known.get(node.output, node)
+        nodes.append(replace(node, rule=other.rule, fixed=other.fixed) if "table" in other.fixed else node)
+    return graph.rebuild(nodes)
 
 
 def within_masks(graph: Graph, ranges: Mapping[str, Range]) -> dict[str, Range]:

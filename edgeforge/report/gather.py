@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +67,12 @@ class Facts:
     @property
     def name(self) -> str:
         m = self.bundle.manifest
-        return f"{m.model} {m.precision} for {m.target}"
+        return " ".join(filter(None, (m.model, self.bundle.part, m.precision, "for", m.target)))
+
+    @property
+    def id(self) -> str:
+        """Of its section in the page."""
+        return f"b{self.sha256[:12]}{self.bundle.part}"
 
     def worst_first(self) -> list[NodeFacts]:
         """By SQNR; nodes without one (exact, or without a signal) last."""
@@ -88,16 +93,20 @@ def gather(
     run: bool = True,
     per_node: Sequence[str] = (),
     say: Callable[[str], None] = lambda line: None,
-) -> Facts:
-    """Everything a report says about the bundle at ``path``. run: also run every artifact that runs here on the golden
-    vectors; else the simulator alone. per_node: backends whose nodes are compared one by one (compiles them apart)."""
-    bundle = load_bundle(path)
+) -> list[Facts]:
+    """Everything a report says about the bundle at ``path``, per graph. run: also run every artifact that runs here on
+    the golden vectors; else the simulator alone. per_node: backends whose nodes are compared one by one."""
+    found = load_bundle(path)
+    return [_gathered(replace(part, prefill=None), run, per_node, say) for part in found.parts]
+
+
+def _gathered(bundle: Bundle, run: bool, per_node: Sequence[str], say: Callable[[str], None]) -> Facts:
     agreement = validate(bundle, only=() if run else ("simulator",), say=say)
     estimate, roofs, why = _estimated(bundle)
     say("simulating every node")
     nodes = _nodes(bundle, estimate, {name: validate_nodes(bundle, name, say=say) for name in per_node})
-    results = tuple(read_results(path))
-    return Facts(bundle, bundle_hash(path), nodes, tuple(agreement), results, estimate, roofs, why)
+    results = tuple(r for r in read_results(bundle.path) if r.part == bundle.part)
+    return Facts(bundle, bundle_hash(bundle.path), nodes, tuple(agreement), results, estimate, roofs, why)
 
 
 def _estimated(bundle: Bundle) -> tuple[Estimate | None, tuple[float, float] | None, str]:

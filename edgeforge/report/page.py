@@ -35,7 +35,7 @@ def render(facts: Sequence[Facts], compare: bool) -> str:
     return environment.get_template("page.html.j2").render(
         facts=facts,
         compared=comparison(facts) if compare else None,
-        charts={one.sha256: charts(one) for one in facts},
+        charts={one.id: charts(one) for one in facts},
         version=__version__,
         script=Markup(script),
         style=Markup(style),

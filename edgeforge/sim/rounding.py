@@ -197,7 +197,7 @@ def lanewise(n: NodeView) -> Callable[[Array, int, Array], None] | None:
     if n.type(0).dtype != "u16":
         return None
     mult = int(n.fixed["mult"]) if "mult" in n.fixed else 0
-    if n.node.rule == "htp_affine16":
+    if n.node.rule in ("htp_affine16", "htp_clip16"):
         constants = (0, mult, int(n.fixed["lane"]), 0, 0, int(n.fixed["offset"]), 18)
     elif n.node.rule == "htp_requantize16" and n.out.dtype == "u16":
         constants = (32768, mult, 1 << 14, 0, 15, int(n.fixed["offset"]) + 4, 3)

@@ -107,16 +107,19 @@ def _derive_norm(n: NodeView) -> Constants:
     return with_range(n)
 
 
-def _norm(n: NodeView, x: Array, w: Array, b: Array | None, center: bool, rounding: Callable[[Array], Array]) -> Array:
-    """Normalization over the last axis. The sums are exact integers; division and square root are IEEE float64."""
+def normalized(n: NodeView, x: Array, center: bool) -> Array:
+    """float64, over the last axis. The sums are exact integers; division and square root are IEEE float64."""
     codes = x.astype(np.int64) - n.zero(0)
     size, scale = codes.shape[-1], np.float64(n.q(0).scale)
     if center:
         codes = size * codes - codes.sum(-1, keepdims=True)
         scale = scale / size
     mean_square = (codes.astype(np.float64) ** 2).sum(-1, keepdims=True) * scale**2 / size
-    gain = (w.astype(np.int64) - n.zero(1)) * np.float64(n.q(1).scale)
-    real = codes * scale / np.sqrt(mean_square + n["eps"]) * gain
+    return codes * scale / np.sqrt(mean_square + n["eps"])
+
+
+def _norm(n: NodeView, x: Array, w: Array, b: Array | None, center: bool, rounding: Callable[[Array], Array]) -> Array:
+    real = normalized(n, x, center) * ((w.astype(np.int64) - n.zero(1)) * np.float64(n.q(1).scale))
     if b is not None:
         real = real + b.astype(np.int64) * np.float64(n.q(2).scale)
     return saturate(n, rounding(real / np.float64(n.q(-1).scale)).astype(np.int64))

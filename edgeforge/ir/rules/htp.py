@@ -179,13 +179,22 @@ _EXACT8 = {
     "table": "htp_table",
 }
 
+V68 = "v73's rule: 20 to 71 % identical, 506 LSB"
 RULES = (
     Rule("htp8", _derive_htp8, _apply_htp8, "exact"),
     Rule("htp8_v68", _derive_htp8_v68, _apply_htp8_v68, "exact"),
     Rule("htp_depthwise_2", _derive_depthwise_2, _apply_depthwise_2, "exact"),
     Rule("htp16", _derive_htp16, _apply_htp16, "exact", bytewise=True),
-    Rule("htp16_v68", _derive_htp16, _apply_htp16, "bounded", "v73's rule: 20 % identical, 30 LSB", bytewise=True),
+    Rule(
+        "htp16_v68",
+        _derive_htp16,
+        _apply_htp16,
+        "bounded",
+        "v73's rule: 55 % identical, 25 LSB; 71 %, 235 LSB with 4-bit weights",
+        bytewise=True,
+    ),
     Rule("htp_window16", _derive_htp16, _apply_window16, "exact"),
+    Rule("htp_window16_v68", _derive_htp16, _apply_window16, "bounded", V68),
     Rule("htp_mean", _derive_htp_mean, _apply_htp_mean, "exact"),
     Rule("htp_mean_last", _derive_mean_last, _apply_mean_last, "bounded", "98 % identical, at most 3 LSB"),
 )
@@ -207,6 +216,6 @@ PROFILES: dict[str, Profile] = {
     },
     "htp-v68": {
         "u8": {**EXACT_VALUE, **_EXACT8, "dot": "htp8_v68", "avg_pool": "htp8_v68"},
-        "u16": {**EXACT_VALUE, **_EXACT16, "dot": "htp16_v68"},
+        "u16": {**EXACT_VALUE, **_EXACT16, "dot": "htp16_v68", "avg_pool": "htp_window16_v68"},
     },
 }

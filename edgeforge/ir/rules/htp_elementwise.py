@@ -208,16 +208,18 @@ def _apply_requantize16(n: NodeView, x: Array) -> Array:
     return _apply_narrow(n, x) if n.out.dtype == "u8" else _apply_same_width(n, x)
 
 
+REACH8 = "exact alone; behind an 8-bit function HTP rounds the exact value (0.4 % by 1 LSB), behind an add it is merged"
 REACH16 = (
-    "u8 to u16 for s_x / s_y >= 1, u16 to u8 for 1/512 <= s_x / s_y < 1; u16 to u16: lanes are counted in the order of "
-    "memory, which is channels-last beside convolutions (1 LSB on 3 % of the elements otherwise)"
+    "exact but for ties of dyadic ratios from 16 to 8 bits; u8 to u16 for s_x / s_y >= 1, u16 to u8 for "
+    "1/512 <= s_x / s_y < 1; u16 to u16: lanes are counted in the order of memory "
+    "(1 LSB on 3 to 7 % of the elements otherwise)"
 )
 RULES = (
     Rule("htp_sum", _derive_sum8, _apply_sum, "exact"),
     Rule("htp_sum16", _derive_sum16, _apply_sum, "exact"),
     Rule("htp_product", _derive_product8, _apply_product, "exact"),
     Rule("htp_product16", _derive_product16, _apply_product, "exact", "for s_a * s_b / s_y < 1/8"),
-    Rule("htp_requantize", _derive_requantize, apply_table, "exact"),
-    Rule("htp_requantize16", _derive_requantize16, _apply_requantize16, "exact", REACH16),
+    Rule("htp_requantize", _derive_requantize, apply_table, "bounded", REACH8),
+    Rule("htp_requantize16", _derive_requantize16, _apply_requantize16, "bounded", REACH16),
 )
 PROFILES: dict[str, Profile] = {}

@@ -1,4 +1,4 @@
-"""Element-wise functions on Hexagon: the closed rules, and tables that were measured. docs/numerics-unary.md has the
+"""Element-wise functions on Hexagon: the closed rules, and tables that were measured. docs/numerics.md has the
 evidence."""
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from edgeforge.ir.types import NUMPY, RANGE
 
 
 def _derive_affine16(n: NodeView) -> Constants:
-    """``mult``: the ratio of the scales at 2**-18. ``offset``: what the zero points and the half step add, in float32
-    products and sums, a multiple of 2**15. ``lane``: added at even places of the tensor."""
-    sign = -1 if n.node.op == "neg" else 1
+    """``mult``: the ratio of the scales at 2**-18. ``offset``: what the zero points and the half step add, a multiple
+    of 2**15 (neg: of a float32 product and difference). ``lane``: added at even places of the tensor."""
+    neg, zero = n.node.op == "neg", n.q(-1).zero
+    sign = -1 if neg else 1
     mult = int(np.rint(np.float64(f32(n.q(0).scale / n.q(-1).scale)) * 2.0**18))
-    taken = f32(f32(sign * n.zero(0)) * f32(mult / 2.0**15))
-    eighths = int(np.rint(f32(f32(8 * n.q(-1).zero + 4) - taken)))
+    taken = np.float64(sign * n.zero(0)) * (mult / 2.0**15)
+    eighths = int(np.rint(f32(f32(8 * zero + 4) - f32(taken)) if neg else 8 * zero + 4 - taken))
     limits = {"relu": (0.0, np.inf), "clip": (n.attrs.get("low_real"), n.attrs.get("high_real"))}
-    attrs = {"clamp": limits[n.node.op]} if n.node.op in limits else {}
+    attrs = {} if neg else {"clamp": limits[n.node.op]}
     low, high = clamp_codes(NodeView(n.graph, replace(n.node, attrs=attrs)))
-    lane = 1 << 14 if n.node.op == "neg" else 0
+    lane = 1 << 14 if neg else 0
     return {"mult": sign * mult, "offset": eighths << 15, "lane": lane, "low": low, "high": high}
 
 
@@ -65,13 +66,14 @@ def _derive_measured(n: NodeView) -> Constants:
 
 
 RULES = (
-    Rule("htp_affine16", _derive_affine16, _apply_affine16, "exact", "(alone; HTP may fuse it with what is before it)"),
+    Rule("htp_affine16", _derive_affine16, _apply_affine16, "exact", "neg: places are counted in the order of memory"),
+    Rule("htp_clip16", _derive_affine16, _apply_affine16, "bounded", "a relu directly behind it lifts its upper limit"),
     Rule("htp_table", _derive_table, apply_table, "exact"),
     Rule(MEASURED, _derive_measured, apply_table, "exact", "(table measured from the HTP emulator)"),
 )
 PROFILES: dict[str, Profile] = {
     "htp-v73": {
         "u8": dict.fromkeys(("hardsigmoid", "neg", "reciprocal", "rsqrt", "sigmoid", "sqrt", "tanh"), "table"),
-        "u16": dict.fromkeys(("clip", "neg", "relu"), "htp_affine16"),
+        "u16": {"clip": "htp_clip16", "neg": "htp_affine16", "relu": "htp_affine16"},
     },
 }

@@ -1,0 +1,100 @@
+"""Hexagon's sums of products, sums, products, averages and changes of encoding against integers that the HTP emulator
+gave, so that they are tested where its package is not installed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from record_htp import BACKEND, RECORDED, cases, digest, emulated, head, prefix, simulated
+
+import edgeforge.ops  # noqa: F401
+from edgeforge.backends import _htp
+from edgeforge.conformance.cases import make_case
+from edgeforge.dialects.onnx import to_onnx
+from edgeforge.ir.graph import Graph, Node
+from edgeforge.ir.rules import rule_of
+from edgeforge.ir.types import QParams, TensorType, Value
+from edgeforge.target import load_target
+
+TARGET = load_target("snapdragon-8-gen-3")
+CASES = {prefix(case): case for case in cases()}
+
+
+@pytest.fixture(scope="module")
+def recorded() -> dict[str, tuple[str, int, np.ndarray]]:
+    with np.load(RECORDED) as kept:
+        rows = zip(kept["names"], kept["graphs"], kept["digests"], kept["heads"], strict=True)
+        return {str(name): (str(graph), int(code), first) for name, graph, code, first in rows}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_simulator_gives_the_recorded_integers(name, recorded):
+    graph, wanted, first = recorded[name]
+    assert CASES[name].graph.hash() == graph, "the case changed: run tests/record_htp.py where the emulator is"
+    codes = simulated(CASES[name])
+    np.testing.assert_array_equal(head(codes), first)
+    assert digest(codes) == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(BACKEND.missing()), reason="needs onnxruntime-qnn")
+def test_fresh_cases_agree_with_the_emulator():
+    fresh = [make_case(op, "w8a16", k, 99, TARGET) for op in ("conv2d", "avg_pool", "linear") for k in range(8)]
+    for case, codes in zip(fresh, emulated(fresh), strict=True):
+        np.testing.assert_array_equal(simulated(case), codes)
+
+
+def convolution(dtype: str, kernel: tuple[int, int], channels: int, stride: int = 2, pad: int = 0) -> Graph:
+    """A depthwise convolution on 12 x 12 pixels."""
+    size = tuple((12 + 2 * pad - side) // stride + 1 for side in kernel)
+    x = TensorType((1, channels, 12, 12), dtype, QParams(np.float32(0.01), 3))
+    w = TensorType((channels, 1, *kernel), "i8", QParams(np.full(channels, np.float32(0.01)), 0, axis=0))
+    y = TensorType((1, channels, *size), dtype, QParams(np.float32(0.02), 3))
+    values = {"x": Value("x", x), "w": Value("w", w, np.ones(w.shape, np.int8)), "y": Value("y", y)}
+    attrs = {"stride": (stride, stride), "dilation": (1, 1), "pads": (pad,) * 4, "groups": channels}
+    return Graph("conv", "integer", ("x",), (Node("conv2d", ("x", "w"), "y", attrs),), ("y",), values)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kernel", "channels", "stride", "rule"),
+    [
+        ("u8", (3, 3), 8, 2, "htp_depthwise_2"),
+        ("u16", (3, 3), 8, 2, "htp_depthwise_2"),
+        ("u8", (4, 4), 8, 2, "htp_depthwise_2"),
+        ("u16", (4, 4), 8, 2, "htp16"),
+        ("u8", (2, 2), 8, 2, "htp8"),
+        ("u16", (3, 3), 8, 1, "htp16"),
+        ("u16", (3, 3), 1, 2, "htp16"),
+    ],
+)
+def test_depthwise_kernels_of_stride_2_have_their_own_rule(dtype, kernel, channels, stride, rule):
+    graph = convolution(dtype, kernel, channels, stride)
+    assert rule_of("htp-v73", "dot", graph.view(graph.nodes[0])).name == rule
+
+
+def test_a_form_that_hexagon_pads_wrongly_is_padded_apart():
+    prepared, edits = _htp.prepare(convolution("u16", (5, 5), 8, pad=2), TARGET)
+    assert [node.op for node in prepared.nodes] == ["pad", "conv2d"]
+    assert prepared.nodes[1].attrs["pads"] == (0, 0, 0, 0) and edits[0].where == "y"
+    assert len(_htp.prepare(convolution("u16", (3, 3), 8, pad=1), TARGET)[0].nodes) == 1
+
+
+def test_a_form_that_hexagon_computes_wrongly_is_refused():
+    reason = _htp.refusals(convolution("u8", (2, 2), 3), TARGET)[0]
+    assert "2 to 4 channels" in reason.why and reason.remedy
+    assert not _htp.refusals(convolution("u8", (2, 2), 8), TARGET)
+
+
+def test_clamps_are_written_so_that_hexagon_does_not_merge_them():
+    case = next(c for c in CASES.values() if "clamp" in c.graph.nodes[0].attrs and c.graph.values["y"].type.q.zero > 0)
+    ops = [node.op_type for node in to_onnx(case.graph).graph.node]
+    assert "Relu" not in ops and "Clip" not in ops and {"Max", "Min"} & set(ops)
+
+
+def test_block_wise_weights_are_written_with_two_levels_of_scales():
+    case = next(c for name, c in CASES.items() if name.startswith("linear.w4a16-b32"))
+    model = to_onnx(case.graph, two_level=True)
+    chain = [node.op_type for node in model.graph.node if "w/" in "".join(node.input)]
+    assert chain[:3] == ["DequantizeLinear", "QuantizeLinear", "DequantizeLinear"]
+    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    assert initializers["w/multiples"].data_type == 2 and initializers["w/real"].data_type == 1

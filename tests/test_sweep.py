@@ -1,0 +1,82 @@
+"""Sweeps: every combination runs, a failure stops nothing else, and what is done is not done again."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import Failed
+
+SWEEP = """
+models: [digits]
+targets: [snapdragon-8-gen-3]
+precisions: [w8a8, w3a3]
+methods:
+  minmax: [calibration.method=minmax]
+backends: [simulator]
+workers: 2
+"""
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    (tmp_path / "sweep.yaml").write_text(SWEEP)
+    return tmp_path / "sweep.yaml"
+
+
+def check(found):
+    good, bad = found
+    assert (good["precision"], good["status"], good["method"]) == ("w8a8", "done", "minmax")
+    assert [a["backend"] for a in good["artifacts"]] == ["simulator"] and good["artifacts"][0]["sqnr_db"] > 20
+    assert (bad["precision"], bad["status"]) == ("w3a3", "failed") and "w3a3" in bad["reason"]
+
+
+def test_a_sweep_runs_all_keeps_a_log_per_trial_and_resumes(run, sweep, tmp_path):
+    words = ("sweep", sweep, "--out", tmp_path / "out", "--json")
+    found = json.loads(run(*words))["trials"]
+    check(found)
+    folders = {r["name"]: tmp_path / "out" / r["name"] for r in found}
+    assert all((folder / "log.txt").stat().st_size > 0 for folder in folders.values())
+    stamps = {name: (folder / "trial.json").stat().st_mtime_ns for name, folder in folders.items()}
+    assert json.loads(run(*words))["trials"] == found
+    assert {name: (folder / "trial.json").stat().st_mtime_ns for name, folder in folders.items()} == stamps
+    (folders[found[0]["name"]] / "trial.json").unlink()  # as if it had been killed in the middle
+    assert json.loads(run(*words))["trials"] == found
+    assert (folders[found[1]["name"]] / "trial.json").stat().st_mtime_ns == stamps[found[1]["name"]]
+    assert "failed" in run("sweep", sweep, "--out", tmp_path / "out")
+
+
+def test_a_wrong_sweep_is_refused_as_a_whole(run, sweep, tmp_path):
+    sweep.write_text(SWEEP.replace("workers", "wrokers"))
+    with pytest.raises(Failed, match="wrokers"):
+        run("sweep", sweep, "--out", tmp_path / "out")
+    sweep.write_text(SWEEP.replace("gen-3", "gen-33"))
+    with pytest.raises(Failed, match="did you mean"):
+        run("sweep", sweep, "--out", tmp_path / "out")
+    sweep.write_text(SWEEP)
+    with pytest.raises(Failed, match="--address"):
+        run("sweep", sweep, "--out", tmp_path / "out", "--executor", "dask")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sweep_runs_on_a_cluster_of_two_workers(run, sweep, tmp_path):
+    pytest.importorskip("distributed", reason="pip install 'edgeforge[cluster]'")
+    command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--port", "0", "--no-dashboard", "--host"]
+    file = tmp_path / "scheduler.json"
+    started = [subprocess.Popen([*command, "127.0.0.1", "--scheduler-file", file], stderr=subprocess.DEVNULL)]
+    try:
+        until = time.monotonic() + 60
+        while not file.is_file() and time.monotonic() < until:
+            time.sleep(0.1)
+        worker = [sys.executable, "-m", "distributed.cli.dask_worker", "--scheduler-file", file, "--nthreads", "1"]
+        started += [subprocess.Popen([*worker, "--no-dashboard"], stderr=subprocess.DEVNULL) for _ in range(2)]
+        address = json.loads(file.read_text())["address"]
+        words = ("--executor", "dask", "--address", address, "--json")
+        check(json.loads(run("sweep", sweep, "--out", tmp_path / "out", *words))["trials"])
+    finally:
+        for process in started:
+            process.terminate()
+            process.wait(20)
