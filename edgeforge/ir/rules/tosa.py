@@ -2,7 +2,7 @@
 Conversion Helpers"). The dialect writes these constants into the artifact as they stand in the node.
 
 TOSA leaves the choice of multipliers, and how add, sub, mul and means are put together from RESCALEs, to compilers. The
-choice here is that of the converters from TensorFlow Lite, rounded once."""
+choice here is that of TensorFlow Lite's converter, rounded once."""
 
 from __future__ import annotations
 
