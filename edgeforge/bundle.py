@@ -28,7 +28,7 @@ from edgeforge.target import Closed, Target, read_yaml
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-TOOLS = ("numpy", "torch", "onnx", "onnxruntime", "onnxruntime-qnn", "executorch", "torchao")
+TOOLS = ("numpy", "torch", "onnx", "onnxruntime", "onnxruntime-qnn", "executorch", "torchao", "tosa-tools")
 
 
 class Port(Closed):

@@ -1,12 +1,11 @@
-"""tosa: a TOSA flatbuffer, run by Arm's reference model. Both come with the package ``tosa-tools``; its Python parts are
-not used (and want other versions of what EdgeForge needs)."""
+"""tosa: a TOSA flatbuffer, made and run by the programs of Arm's package ``tosa-tools``. Its Python parts are not used:
+they want other versions of what EdgeForge needs."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
 import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,26 +17,24 @@ import numpy as np
 from edgeforge.backends import Artifact, Codes, Step
 from edgeforge.backends._child import TIMEOUT_S, in_batches
 from edgeforge.backends._log import new_log, telling_lines
-from edgeforge.dialects.tosa import from_stored, refusal, to_stored, to_tosa
+from edgeforge.dialects.tosa import from_stored, refusals, to_stored, to_tosa
 from edgeforge.errors import BackendFailed, Reason
 from edgeforge.ir.graph import Graph
 from edgeforge.quantize.convert import with_profile
 from edgeforge.target import Target
 
 MODEL = "model.tosa"
+VERSION = "2026.8.0"
 PLACE = "EDGEFORGE_TOSA"
 #: What is used of the package: compiler of flatbuffers, their schema, and the model.
 FLATC, SCHEMA, RUNNER = "flatc", "tosa.fbs", "tosa_reference_model"
 
 
 def tools() -> Path | None:
-    """The folder that holds `FLATC`, `SCHEMA` and `RUNNER`: the one that EDGEFORGE_TOSA names, or the installed
-    package's."""
+    """The folder that holds `FLATC`, `SCHEMA` and `RUNNER`: the one that EDGEFORGE_TOSA names, or the package's."""
     places = [Path(os.environ[PLACE])] if PLACE in os.environ else []
     for package in importlib.metadata.distributions(name="tosa-tools"):
         places.append(Path(str(package.locate_file("bin"))))
-    if found := shutil.which(RUNNER):
-        places.append(Path(found).parent)
     complete = (place for place in places if all((place / name).is_file() for name in (FLATC, SCHEMA, RUNNER)))
     return next(complete, None)
 
@@ -51,19 +48,13 @@ class Tosa:
     def missing(self) -> str:
         if tools() is not None:
             return ""
-        install = f"pip install --no-deps --target DIR tosa-tools==2026.8.0 and set {PLACE}=DIR/bin"
-        return f"flatc, tosa.fbs and tosa_reference_model of tosa-tools are not found -> {install}"
+        install = f"pip install --no-deps --target DIR tosa-tools=={VERSION}; set PYTHONPATH=DIR, or {PLACE}=DIR/bin"
+        return f"the reference model of TOSA is not found -> {install}"
 
     cannot_run = missing
 
     def refusals(self, graph: Graph, target: Target) -> list[Reason]:
-        rounded = with_profile(graph, self.numerics)
-        reasons = []
-        for node in rounded.nodes:
-            if why := refusal(rounded.view(node)):
-                remedy = "run it elsewhere, or express it by ops that TOSA has, at 8 bits"
-                reasons.append(Reason(node.source or node.output, node.op, why, remedy))
-        return reasons
+        return refusals(with_profile(graph, self.numerics))
 
     def compile(self, graph: Graph, target: Target, folder: Path) -> Artifact:
         with tempfile.TemporaryDirectory(prefix="edgeforge-") as place:
@@ -96,13 +87,17 @@ class Tosa:
 
     def call(self, tool: str, arguments: Sequence[str]) -> None:
         """Run a tool of the package. Raises BackendFailed with the telling lines of its log."""
-        log = new_log(self.name)
+        log, command = new_log(self.name), [str(_tool(tool)), *arguments]
         with log.open("ab") as stream:
-            command = [str(_tool(tool)), *arguments]
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, timeout=TIMEOUT_S)
-        if done.returncode:
+            try:
+                code = subprocess.run(
+                    command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, timeout=TIMEOUT_S
+                ).returncode
+            except subprocess.TimeoutExpired:
+                raise BackendFailed(f"{self.name}: no result of {tool} after {TIMEOUT_S} s; log: {log}") from None
+        if code:
             lines = telling_lines(log)
-            raise BackendFailed(f"{self.name}: {tool} failed (exit code {done.returncode}); log: {log}\n{lines}")
+            raise BackendFailed(f"{self.name}: {tool} failed (exit code {code}); log: {log}\n{lines}")
         log.unlink()
 
 

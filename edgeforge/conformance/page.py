@@ -72,7 +72,11 @@ def _section(found: Mapping[str, Any]) -> list[str]:
     ]
     lines += [
         f"| {row['op']} | {row['precision']} | {row['cases']} | {row['integers']} | "
-        f"{_share(row['identical'])} | {row['max_lsb'] if row['cases'] else '-'} | {row['rule']}{_float(row)} |"
+        + (
+            f"{_share(row['identical'])} | {row['max_lsb']} | {row['rule']}{_float(row)} |"
+            if row["cases"]
+            else "- | - | - |"
+        )
         for row in rows
     ]
     if refused:
@@ -81,10 +85,8 @@ def _section(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _share(identical: float | None) -> str:
+def _share(identical: float) -> str:
     """Percent, never rounded up to 100."""
-    if identical is None:
-        return "-"
     return "100 %" if identical == 1 else f"{min(100 * identical, 99.9999):.4f} %"
 
 

@@ -41,6 +41,8 @@ class Op:
     integer(k, n, *codes) -> codes        the integer meaning, in terms of the kernels ``k`` (sim/reference.py)
     torch(T, n, *tensors) -> tensor       the real-valued meaning; ``T`` is the torch module
     onnx(g, n, *names) -> name            emits ONNX nodes; ``g(op_type, *inputs, **attributes)``
+    tosa(g, n, *names) -> name            emits TOSA operators (None: it has none for this);
+                                          ``g(op, inputs, shape, dtype, **attributes)``
     cost(n) -> Cost
 
     numerics: family of rounding rule (a key of a profile in ``edgeforge.ir.fixed``), "move" when no arithmetic
@@ -54,6 +56,7 @@ class Op:
     cost: Callable[[NodeView], Cost]
     onnx: Callable[..., Any]
     torch: Callable[..., Any]
+    tosa: Callable[..., Any] | None = None
     numerics: str = "move"
     shared: bool = False
     real: Callable[..., Any] | None = None

@@ -11,7 +11,18 @@ from edgeforge.ir.graph import NodeView
 from edgeforge.ir.op import Op, Port, move_cost, register
 
 
-def unary(name: str, real: Callable[[NodeView, np.ndarray], np.ndarray], torch: Any, onnx: Any, doc: str) -> None:
+def _function(g: Any, n: NodeView, x: str) -> str:
+    return g.function(n, x)
+
+
+def unary(
+    name: str,
+    real: Callable[[NodeView, np.ndarray], np.ndarray],
+    torch: Any,
+    onnx: Any,
+    doc: str,
+    tosa: Any = _function,
+) -> None:
     """Register an element-wise op. real: float64 -> float64, the exact function the table is made from."""
 
     def infer(n: NodeView) -> tuple[int, ...]:
@@ -20,4 +31,5 @@ def unary(name: str, real: Callable[[NodeView, np.ndarray], np.ndarray], torch: 
     def integer(k: Any, n: NodeView, x: np.ndarray) -> np.ndarray:
         return k.table(n, x)
 
-    register(Op(name, (Port("x"),), infer, integer, move_cost, onnx, torch, numerics="table", real=real, doc=doc))
+    columns = (infer, integer, move_cost, onnx, torch, tosa)
+    register(Op(name, (Port("x"),), *columns, numerics="table", real=real, doc=doc))

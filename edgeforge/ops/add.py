@@ -1,5 +1,5 @@
 """add: y = sa * (a - za) + sb * (b - zb), requantized; broadcasts."""
 
-from edgeforge.ops._broadcast import binary
+from edgeforge.ops._broadcast import binary, tosa_sum
 
-binary("add", lambda T, n, a, b: a + b, "Add", __doc__)
+binary("add", lambda T, n, a, b: a + b, "Add", tosa_sum("ADD"), __doc__)

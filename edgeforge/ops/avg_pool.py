@@ -36,4 +36,18 @@ def torch(T: Any, n: NodeView, x: Any) -> Any:
     return T.nn.functional.avg_pool2d(x, n["kernel"], n["stride"])
 
 
-register(Op("avg_pool", (Port("x"),), infer, integer, move_cost, onnx, torch, numerics="mean", doc=__doc__))
+def tosa(g: Any, n: NodeView, x: str) -> str:
+    """AVG_POOL2D to a code of the input's encoding, RESCALE. Padding comes first: AVG_POOL2D does not count its own."""
+    top, left, bottom, right = n["pads"]
+    x = g.nhwc(x)
+    if any(n["pads"]):
+        x = g.pad(x, [0, 0, top, bottom, left, right, 0, 0], n.type(0))
+    x, _ = g.fitted(x, n["kernel"], n["stride"], (0, 0, 0, 0))
+    zeros = [g.zero_point(n.type(0)), g.zero_point(n.type(0))]
+    batch, channels, height, width = n.out.shape
+    windows = {"kernel": n["kernel"], "stride": n["stride"], "pad": (0, 0, 0, 0), "acc_type": "INT32"}
+    mean = g("AVG_POOL2D", [x, *zeros], (batch, height, width, channels), **windows)
+    return g.nchw(g.function(n, mean))
+
+
+register(Op("avg_pool", (Port("x"),), infer, integer, move_cost, onnx, torch, tosa, numerics="mean", doc=__doc__))

@@ -38,4 +38,21 @@ def torch(T: Any, n: NodeView, *xs: Any) -> Any:
     return T.cat([x.expand(batch, *x.shape[1:]) if n["axis"] and x.shape[0] != batch else x for x in xs], n["axis"])
 
 
-register(Op("concat", (Port("x", variadic=True),), infer, integer, move_cost, onnx, torch, shared=True, doc=__doc__))
+def tosa(g: Any, n: NodeView, *xs: str) -> str:
+    return g.move("CONCAT", xs[0], xs[1:], n.out.shape, axis=n["axis"])
+
+
+register(
+    Op(
+        "concat",
+        (Port("x", variadic=True),),
+        infer,
+        integer,
+        move_cost,
+        onnx,
+        torch,
+        tosa=tosa,
+        shared=True,
+        doc=__doc__,
+    )
+)

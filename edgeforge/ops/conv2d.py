@@ -49,5 +49,27 @@ def torch(T: Any, n: NodeView, x: Any, w: Any, b: Any = None) -> Any:
     return y.clamp(*n["clamp"]) if "clamp" in n.attrs else y
 
 
+def tosa(g: Any, n: NodeView, x: str, *names: str) -> str:
+    """CONV2D, DEPTHWISE_CONV2D, or a CONV2D per group."""
+    weights, bias, groups, dtype = n.data(1), g.bias(n), n["groups"], n.type(1).dtype.replace("i", "INT")
+    assert weights is not None
+    depth, sides = weights.shape[1], weights.shape[2:]
+    reach = [(side - 1) * step + 1 for side, step in zip(sides, n["dilation"], strict=True)]
+    x, pads = g.fitted(g.nhwc(x), reach, n["stride"], n["pads"])
+    if groups > 1 and depth == 1:
+        taps = weights.reshape(groups, -1, *sides).transpose(2, 3, 0, 1)
+        return g.nchw(g.finish(n, g.convolution(n, x, taps, bias, dtype, pads, "DEPTHWISE_CONV2D")))
+    weights = weights.transpose(0, 2, 3, 1)
+    if groups == 1:
+        return g.nchw(g.finish(n, g.convolution(n, x, weights, bias, dtype, pads)))
+    size = [*g.shape(x)[:3], depth]
+    sums = [
+        g.convolution(n, g.slice(x, [0, 0, 0, i * depth], size), part, added, dtype, pads)
+        for i, (part, added) in enumerate(zip(np.split(weights, groups), np.split(bias, groups), strict=True))
+    ]
+    joined = g.move("CONCAT", sums[0], sums[1:], [*g.shape(sums[0])[:3], len(bias)], axis=3)
+    return g.nchw(g.finish(n, joined))
+
+
 PORTS = (Port("x", ACT), Port("w", WEIGHT, const=True), Port("b", BIAS, const=True, optional=True))
-register(Op("conv2d", PORTS, infer, integer, cost, onnx, torch, numerics="dot", doc=__doc__))
+register(Op("conv2d", PORTS, infer, integer, cost, onnx, torch, tosa, numerics="dot", doc=__doc__))

@@ -33,4 +33,8 @@ def torch(T: Any, n: NodeView, x: Any) -> Any:
     return x.expand(grown(n, x))
 
 
-register(Op("expand", (Port("x"),), infer, integer, move_cost, onnx, torch, shared=True, doc=__doc__))
+def tosa(g: Any, n: NodeView, x: str) -> str:
+    return g.tile(x, n.out.shape)
+
+
+register(Op("expand", (Port("x"),), infer, integer, move_cost, onnx, torch, tosa, shared=True, doc=__doc__))

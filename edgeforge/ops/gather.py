@@ -31,5 +31,11 @@ def torch(T: Any, n: NodeView, table: Any, ids: Any) -> Any:
     return T.nn.functional.embedding(ids, table)
 
 
+def tosa(g: Any, n: NodeView, table: str, ids: str) -> str:
+    (rows, features), count = n.shape(0), n.type(1).size
+    table, ids = g.reshape(table, (1, rows, features)), g.reshape(ids, (1, count))
+    return g.reshape(g.move("GATHER", table, [ids], (1, count, features)), n.out.shape)
+
+
 PORTS = (Port("table", ACT, const=True), Port("ids", INDEX))
-register(Op("gather", PORTS, infer, integer, cost, onnx, torch, shared=True, doc=__doc__))
+register(Op("gather", PORTS, infer, integer, cost, onnx, torch, tosa, shared=True, doc=__doc__))

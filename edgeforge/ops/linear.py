@@ -36,5 +36,15 @@ def torch(T: Any, n: NodeView, x: Any, w: Any, b: Any = None) -> Any:
     return y.clamp(*n["clamp"]) if "clamp" in n.attrs else y
 
 
+def tosa(g: Any, n: NodeView, x: str, *names: str) -> str:
+    """CONV2D of images of one pixel. Block-wise codes, times their block's integer scale, fit int8."""
+    codes, (out, depth) = n.data(1), n.shape(1)
+    assert codes is not None
+    dtype = "INT4" if n.type(1).dtype == "i4" and n.q(1).block is None else "INT8"
+    weights = expand_blocks(n.q(1), codes).reshape(out, 1, 1, depth)
+    x = g.reshape(x, (n.type(0).size // depth, 1, 1, depth))
+    return g.reshape(g.finish(n, g.convolution(n, x, weights, g.bias(n), dtype)), n.out.shape)
+
+
 PORTS = (Port("x", ACT), Port("w", WEIGHT, const=True), Port("b", BIAS, const=True, optional=True))
-register(Op("linear", PORTS, infer, integer, cost, onnx, torch, numerics="dot", doc=__doc__))
+register(Op("linear", PORTS, infer, integer, cost, onnx, torch, tosa, numerics="dot", doc=__doc__))

@@ -34,4 +34,17 @@ def torch(T: Any, n: NodeView, a: Any, b: Any) -> Any:
     return T.matmul(a, b)
 
 
-register(Op("matmul", (Port("a"), Port("b")), infer, integer, cost, onnx, torch, numerics="dot", doc=__doc__))
+def tosa(g: Any, n: NodeView, a: str, b: str) -> str:
+    """MATMUL of [batch, rows, depth] and [batch, depth, columns]."""
+    *batch, rows, columns = n.out.shape
+    count, operands = int(np.prod(batch)), []
+    for i, x in enumerate((a, b)):
+        shape = (*batch, *n.shape(i)[-2:])
+        x = x if n.shape(i) == shape else g.tile(x, shape)
+        operands.append(g.reshape(x, (count, *shape[-2:])))
+    zeros = [g.zero_point(n.type(0)), g.zero_point(n.type(1))]
+    acc = g("MATMUL", [*operands, *zeros], (count, rows, columns), "INT32")
+    return g.reshape(g.finish(n, acc), n.out.shape)
+
+
+register(Op("matmul", (Port("a"), Port("b")), infer, integer, cost, onnx, torch, tosa, numerics="dot", doc=__doc__))

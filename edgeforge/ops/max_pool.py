@@ -36,4 +36,11 @@ def torch(T: Any, n: NodeView, x: Any) -> Any:
     return T.nn.functional.max_pool2d(x, n["kernel"], n["stride"], padding)
 
 
-register(Op("max_pool", (Port("x"),), infer, integer, move_cost, onnx, torch, shared=True, doc=__doc__))
+def tosa(g: Any, n: NodeView, x: str) -> str:
+    x, pads = g.fitted(g.nhwc(x), n["kernel"], n["stride"], n["pads"])
+    batch, channels, height, width = n.out.shape
+    windows = {"kernel": n["kernel"], "stride": n["stride"], "pad": pads, "nan_mode": "PROPAGATE"}
+    return g.nchw(g.move("MAX_POOL2D", x, [], (batch, height, width, channels), **windows))
+
+
+register(Op("max_pool", (Port("x"),), infer, integer, move_cost, onnx, torch, tosa, shared=True, doc=__doc__))

@@ -32,4 +32,9 @@ def torch(T: Any, n: NodeView, x: Any) -> Any:
     return T.nn.functional.pad(x, (left, right, top, bottom))
 
 
-register(Op("pad", (Port("x"),), infer, integer, move_cost, onnx, torch, shared=True, doc=__doc__))
+def tosa(g: Any, n: NodeView, x: str) -> str:
+    top, left, bottom, right = n["pads"]
+    return g.pad(x, [0, 0, 0, 0, top, bottom, left, right], n.out)
+
+
+register(Op("pad", (Port("x"),), infer, integer, move_cost, onnx, torch, tosa, shared=True, doc=__doc__))

@@ -32,4 +32,13 @@ def torch(T: Any, n: NodeView, x: Any) -> Any:
     return x.mean(n["axes"], keepdim=n["keepdims"])
 
 
-register(Op("reduce_mean", (Port("x"),), infer, integer, move_cost, onnx, torch, numerics="mean", doc=__doc__))
+def tosa(g: Any, n: NodeView, x: str) -> str:
+    """int32 sums over one axis after the other, RESCALE."""
+    total = g.centered(x, n.type(0))
+    for axis in n["axes"]:
+        shape = [1 if i == axis else size for i, size in enumerate(g.shape(total))]
+        total = g("REDUCE_SUM", [total], shape, "INT32", axis=int(axis))
+    return g.reshape(g.finish(n, total), n.out.shape)
+
+
+register(Op("reduce_mean", (Port("x"),), infer, integer, move_cost, onnx, torch, tosa, numerics="mean", doc=__doc__))

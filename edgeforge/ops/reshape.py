@@ -34,4 +34,8 @@ def torch(T: Any, n: NodeView, x: Any) -> Any:
     return x.reshape(batched(n, x))
 
 
-register(Op("reshape", (Port("x"),), infer, integer, move_cost, onnx, torch, shared=True, doc=__doc__))
+def tosa(g: Any, n: NodeView, x: str) -> str:
+    return g.reshape(x, n.out.shape)
+
+
+register(Op("reshape", (Port("x"),), infer, integer, move_cost, onnx, torch, tosa, shared=True, doc=__doc__))

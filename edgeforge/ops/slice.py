@@ -33,4 +33,17 @@ def torch(T: Any, n: NodeView, x: Any) -> Any:
     return x[window(n)]
 
 
-register(Op("slice", (Port("x"),), infer, integer, move_cost, onnx, torch, shared=True, doc=__doc__))
+def tosa(g: Any, n: NodeView, x: str) -> str:
+    """SLICE; of every ``step``-th element, the first of each [count, step] after padding to full steps."""
+    axis, step, shape, count = n["axis"], n["step"], n.shape(0), n.out.shape[n["axis"]]
+    start = range(shape[axis])[n["start"] : n["end"] : step].start
+    before, after = shape[:axis], shape[axis + 1 :]
+    x = g.slice(x, [start if i == axis else 0 for i in range(len(shape))], [*before, (count - 1) * step + 1, *after])
+    if step == 1:
+        return x
+    x = g.pad(x, [step - 1 if i == 2 * axis + 1 else 0 for i in range(2 * len(shape))], n.out)
+    x = g.reshape(x, [*before, count, step, *after])
+    return g.reshape(g.slice(x, [0] * (len(shape) + 1), [*before, count, 1, *after]), n.out.shape)
+
+
+register(Op("slice", (Port("x"),), infer, integer, move_cost, onnx, torch, tosa, shared=True, doc=__doc__))

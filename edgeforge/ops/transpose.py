@@ -27,4 +27,8 @@ def torch(T: Any, n: NodeView, x: Any) -> Any:
     return x.permute(n["perm"])
 
 
-register(Op("transpose", (Port("x"),), infer, integer, move_cost, onnx, torch, shared=True, doc=__doc__))
+def tosa(g: Any, n: NodeView, x: str) -> str:
+    return g.transpose(x, n["perm"])
+
+
+register(Op("transpose", (Port("x"),), infer, integer, move_cost, onnx, torch, tosa, shared=True, doc=__doc__))

@@ -2,7 +2,7 @@
 Conversion Helpers"). The dialect writes these constants into the artifact as they stand in the node.
 
 TOSA leaves the choice of multipliers, and how add, sub, mul and means are put together from RESCALEs, to compilers. The
-choice here is that of the converters from TensorFlow Lite, rounded once."""
+choice here is that of TensorFlow Lite's converter, rounded once."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _scale(n: NodeView, index: int) -> np.float64:
 
 def _rescaled(n: NodeView, ratio: Array | float) -> Constants:
     mult, shift = scale_32(ratio)
-    return with_range(n, mult=mult, shift=shift)
+    return with_range(n, mult=mult, shift=shift) if mult.ndim else with_range(n, mult=int(mult), shift=int(shift))
 
 
 def _derive_dot(n: NodeView) -> Constants:
@@ -57,16 +57,18 @@ def _apply_dot(n: NodeView, acc: Array) -> Array:
 
 
 def _derive_sum(n: NodeView) -> Constants:
-    """Constants of the first operand, of the second, and of the sum."""
+    """``operand_mult``, ``operand_shift``: of both operands; ``mult``, ``shift``: of the sum."""
     unit = 2 * max(_scale(n, 0), _scale(n, 1)) / 2.0**SUM_BITS
-    return _rescaled(n, np.array([_scale(n, 0) / unit, _scale(n, 1) / unit, unit / _scale(n, -1)]))
+    mult, shift = scale_32(np.array([_scale(n, 0), _scale(n, 1)]) / unit)
+    return {**_rescaled(n, unit / _scale(n, -1)), "operand_mult": mult, "operand_shift": shift}
 
 
 def _apply_sum(n: NodeView, a: Array, b: Array) -> Array:
-    left, right, end = zip(n.fixed["mult"], n.fixed["shift"], strict=True)
-    x = apply_scale_32(a.astype(np.int64) - n.zero(0), *left)
-    y = apply_scale_32(b.astype(np.int64) - n.zero(1), *right)
-    return saturate(n, apply_scale_32(x + y if n.node.op == "add" else x - y, *end))
+    x, y = (
+        apply_scale_32(codes.astype(np.int64) - n.zero(i), n.fixed["operand_mult"][i], n.fixed["operand_shift"][i])
+        for i, codes in enumerate((a, b))
+    )
+    return _apply_scaled(n, x + y if n.node.op == "add" else x - y)
 
 
 def _derive_mul(n: NodeView) -> Constants:
