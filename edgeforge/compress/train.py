@@ -28,7 +28,7 @@ from edgeforge.ir.op import ACT, OPS, WEIGHT
 from edgeforge.ir.types import RANGE, QParams, TensorType
 from edgeforge.passes.constants import with_constants
 from edgeforge.progress import track
-from edgeforge.quantize.assign import Plan, _Groups, affine
+from edgeforge.quantize.assign import Plan, Groups, affine
 from edgeforge.quantize.weights import quantize_weight
 from edgeforge.recipe import Train
 from edgeforge.target import Target
@@ -311,7 +311,7 @@ Key = tuple[str, str, float, int]
 
 def _encodings(graph: Graph, plan: Plan) -> dict[Any, Key]:
     """The encoding at every place: a value by name, or an input (node output, index) with one of its own."""
-    groups, made = _Groups(graph), graph.producers()
+    groups, made = Groups(graph), graph.producers()
     places: dict[Any, tuple[str, TensorType]] = {name: (name, kind) for name, kind in plan.types.items()}
     places |= {place: (made[place[0]].inputs[place[1]], kind) for place, kind in plan.reads.items()}
     keys = {}
