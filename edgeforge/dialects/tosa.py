@@ -10,7 +10,7 @@ outputs are saturated a million times over."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -98,7 +98,7 @@ class _Emitter:
         self.count += 1
         return f"{self.node.output}/{self.count}"
 
-    def refuse(self, why: str, remedy: str) -> None:
+    def refuse(self, why: str, remedy: str) -> NoReturn:
         reason = Reason(self.node.source or self.node.output, self.node.op, why, remedy)
         raise Unsupported("TOSA has no counterpart", [reason])
 
