@@ -28,7 +28,7 @@ from edgeforge.ir.op import ACT, OPS, WEIGHT
 from edgeforge.ir.types import RANGE, QParams, TensorType
 from edgeforge.passes.constants import with_constants
 from edgeforge.progress import track
-from edgeforge.quantize.assign import Plan, Groups, affine
+from edgeforge.quantize.assign import Groups, Plan, affine
 from edgeforge.quantize.weights import quantize_weight
 from edgeforge.recipe import Train
 from edgeforge.target import Target
