@@ -463,7 +463,11 @@ def bench(
     ] = None,
     compile_only: Annotated[bool, typer.Option("--compile-only", help="hub: stop before the device")] = False,
     timeout: Annotated[float, typer.Option(min=0, help="hub: minutes to wait; the run can be gone on with")] = 60,
-    runner: Annotated[Path | None, typer.Option(help="adb: an executor_runner built for the phone")] = None,
+    runner: Annotated[
+        Path | None,
+        typer.Option(help="adb: executor_runner, qnn_executor_runner or onnxruntime_perf_test for the phone"),
+    ] = None,
+    libraries: Annotated[Path | None, typer.Option(help="adb: folder of the runner's shared libraries")] = None,
     serial: Annotated[str | None, typer.Option(help="adb: which phone")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="hub: say what would be uploaded")] = False,
     as_json: Json = False,
@@ -491,8 +495,11 @@ def bench(
         from edgeforge.devices import adb
 
         if runner is None:
-            raise InvalidInput("--on adb runs the XNNPACK program -> --runner FILE, an executor_runner for the phone")
-        found = [adb.bench(opened, runner, serial, threads, repeats, warmup, _say)]
+            raise InvalidInput("--on adb runs a program of yours -> --runner FILE, built for the phone")
+        if len(names) > 1:
+            raise InvalidInput("a runner takes one artifact -> one --backend")
+        artifact = names[0] if names else None
+        found = [adb.bench(opened, runner, serial, threads, repeats, warmup, _say, artifact, libraries)]
         store.add(found[0], opened)
     else:
         raise InvalidInput(f"--on {on} -> host, hub or adb")

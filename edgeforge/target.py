@@ -77,8 +77,8 @@ class Target(Closed):
     ``encodings`` are forced output encodings per op and width; ``second_operand_zero`` is the zero point that the
     uint8 second operand of an activation matmul must have; ``equal_widths``: a node's activations all have one width
     (products with a uint8 second operand apart); ``weight_sharing``: graphs of one context binary can share
-    weights. ``aliases`` (part numbers, marketing names) and ``devices`` can be used in place of the name; ``source``
-    says where these identifiers come from."""
+    weights; ``abi``: Android's name of the CPU's machine. ``aliases`` (part numbers, marketing names) and ``devices``
+    can be used in place of the name; ``source`` says where these identifiers come from."""
 
     name: str
     description: str
@@ -86,6 +86,7 @@ class Target(Closed):
     backends: tuple[str, ...]
     precisions: tuple[str, ...]
     soc: Soc | None = None
+    abi: str = "arm64-v8a"
     encodings: dict[str, dict[Literal["a8", "a16"], FixedEncoding]] = Field(default_factory=dict)
     second_operand_zero: int | None = None
     equal_widths: bool = False

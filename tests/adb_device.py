@@ -179,7 +179,7 @@ class _Sync:
 
     def receive(self, path: str) -> None:
         path, _, mode = path.rpartition(",")
-        data = b""
+        data = bytearray()
         while (name := self.read(4)) == b"DATA":
             data += self.read(int.from_bytes(self.read(4), "little"))
         assert name == b"DONE", name

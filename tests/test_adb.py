@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,7 @@ pytest.importorskip("executorch", reason="pip install 'edgeforge[executorch]'")
 from adb_device import Phone  # noqa: E402
 
 from edgeforge.bundle import load_bundle  # noqa: E402
-from edgeforge.devices import adb  # noqa: E402
+from edgeforge.devices import adb, runners  # noqa: E402
 from edgeforge.devices.store import RESULTS  # noqa: E402
 from edgeforge.errors import BackendFailed  # noqa: E402
 
@@ -66,6 +69,51 @@ def exported(tmp_path_factory):
     names = ("simulator", "executorch_xnnpack")
     export("digits", "snapdragon-8-gen-3", out, "embedded", backend_names=names)
     return out
+
+
+@pytest.fixture(scope="module")
+def for_the_npu(tmp_path_factory):
+    """A bundle with the programs for Hexagon and for ONNX Runtime."""
+    from edgeforge import backends
+    from edgeforge.pipeline import export
+
+    if why := backends.backend("executorch_qnn").missing():
+        pytest.skip(why)
+    out = tmp_path_factory.mktemp("adb") / "digits"
+    export("digits", "snapdragon-8-gen-3", out, "embedded", backend_names=("executorch_qnn", "onnx_qdq"))
+    return out
+
+
+@pytest.fixture
+def npu_bundle(for_the_npu, tmp_path, monkeypatch):
+    monkeypatch.setenv("EDGEFORGE_RESULTS", str(tmp_path / "results.sqlite"))
+    return Path(shutil.copytree(for_the_npu, tmp_path / "npu"))
+
+
+def script(folder: Path, name: str) -> Path:
+    """tests/<name>.py as a program of that name."""
+    program = folder / name
+    program.write_text(f"#!{sys.executable}\n{Path(__file__).with_name(f'{name}.py').read_text()}")
+    return program
+
+
+@pytest.fixture
+def libraries(tmp_path):
+    """What of Qualcomm's libraries the emulator needs, and one that the NPU would load."""
+    from edgeforge.backends.executorch_qnn import qnn_sdk
+
+    made = tmp_path / "libraries"
+    made.mkdir()
+    with qnn_sdk() as environment:
+        first, second = map(Path, environment["LD_LIBRARY_PATH"].split(":")[:2])
+        for file in (first / "libQnnHtp.so", first / "libQnnSystem.so", *second.iterdir()):
+            shutil.copy(file, made / file.name)
+    (made / "libQnnHtpV75Skel.so").write_bytes(elf(0xA4))
+    return made
+
+
+def elf(machine: int) -> bytes:
+    return b"\x7fELF\x01" + bytes(13) + machine.to_bytes(2, "little") + bytes(40)
 
 
 @pytest.fixture
@@ -134,8 +182,9 @@ def test_a_hot_phone_is_flagged(run, phone, bundle, runner):
     assert found["flags"] == ["throttled: thermal status 4"]
 
 
-def test_a_phone_that_goes_away_in_the_middle(run, phone, bundle, runner):
-    phone.cut_at = "num_executions 1;"
+@pytest.mark.parametrize("moment", ["num_executions 1;", "num_executions 8;", "sha256sum", "rm -rf"])
+def test_a_phone_that_goes_away_in_the_middle(run, phone, bundle, runner, moment):
+    phone.cut_at = moment
     with pytest.raises(Failed) as failed:
         run(*words(bundle, runner, "--serial", phone.serial))
     assert failed.value.code == 2 and "Traceback" not in failed.value.said and "->" in failed.value.said
@@ -157,11 +206,89 @@ def test_a_runner_that_fails_is_quoted(phone, bundle, tmp_path):
     assert not list((phone.folder / "files" / "edgeforge").glob("run-*"))
 
 
+def test_a_runner_that_crashes_is_told_from_one_that_gives_up(phone, bundle, tmp_path):
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\nkill -SEGV $$\n")
+    with pytest.raises(BackendFailed, match="killed by signal 11"):
+        adb.bench(load_bundle(bundle), broken, phone.serial)
+    assert not list((phone.folder / "files" / "edgeforge").glob("run-*"))
+
+
+def test_what_an_interrupted_run_left_is_removed_a_day_later(run, phone, bundle, runner):
+    place = phone.folder / "files" / "edgeforge"
+    for name, age in (("run-old", 3 * 86400), ("run-young", 60)):
+        (place / name).mkdir(parents=True)
+        os.utime(place / name, (time.time() - age,) * 2)
+    run(*words(bundle, runner))
+    assert [found.name for found in place.glob("run-*")] == ["run-young"]
+
+
+def test_the_npu_program_runs_with_the_libraries_that_are_named(run, phone, npu_bundle, libraries, tmp_path):
+    program = script(tmp_path, "qnn_executor_runner")
+    asked = words(npu_bundle, program, "--libraries", libraries)
+    (found,) = json.loads(run(*asked))["results"]
+    assert found["artifact"] == "executorch_qnn" and found["notes"] == []
+    assert found["golden"] == {"status": "identical", "identical": 1.0, "max_lsb": 0, "where": ""}
+    assert len(found["latency_us"]) == 6 and min(found["latency_us"]) > 0
+    (command,) = [command for command in phone.commands if "--model_path" in command]
+    place = re.search(r"cd (\S+)", command)[1]
+    assert f"LD_LIBRARY_PATH={place} ADSP_LIBRARY_PATH={place} " in command
+    assert not list((phone.folder / "files" / "edgeforge").glob("run-*"))
+    first = len(phone.pushed)
+    run(*asked)
+    assert not any(".part" in path for path in phone.pushed[first:])
+
+
+def test_the_npu_program_is_refused_on_another_chip_and_without_libraries(run, phone, npu_bundle, libraries, tmp_path):
+    program = script(tmp_path, "qnn_executor_runner")
+    with pytest.raises(Failed, match="--libraries"):
+        run(*words(npu_bundle, program))
+    phone.props["ro.soc.model"] = "SM8550"
+    with pytest.raises(Failed, match="for SM8650, the phone has SM8550 -> export with --target SM8550"):
+        run(*words(npu_bundle, program, "--libraries", libraries))
+    (libraries / "libQnnHtpV75Stub.so").write_bytes(elf(0x28))
+    with pytest.raises(Failed, match=r"V75Stub\.so is built for armeabi-v7a"):
+        run(*words(npu_bundle, program, "--libraries", libraries))
+    assert phone.pushed == []
+
+
+def test_onnxruntime_perf_test_times_and_does_not_compare(run, phone, npu_bundle, tmp_path):
+    program = script(tmp_path, "onnxruntime_perf_test")
+    (found,) = json.loads(run(*words(npu_bundle, program)))["results"]
+    assert found["artifact"] == "onnx_qdq" and found["golden"]["status"] == "not run"
+    assert found["flags"] == ["golden vectors not run"] and "not compared" in found["notes"][0]
+    assert len(found["latency_us"]) == 6 and found["load_ms"] > 0 and found["peak_memory_mb"] > 10
+
+
+def test_a_phone_unlike_the_target_is_noted_where_the_program_runs_anyway(run, phone, bundle, runner):
+    phone.props |= {"ro.soc.model": "SM8550", "ro.product.cpu.abilist": "x86_64,arm64-v8a"}
+    (found,) = json.loads(run(*words(bundle, runner)))["results"]
+    assert found["notes"] == [
+        "the target's ABI is arm64-v8a, the phone's x86_64",
+        "the bundle is for SM8650, the phone has SM8550",
+    ]
+    del phone.props["ro.soc.model"]
+    (found,) = json.loads(run(*words(bundle, runner)))["results"]
+    assert "does not say" in found["notes"][1] and found["device"]["soc"] == ""
+
+
+def test_the_artifact_is_the_runners_or_the_one_that_is_named(run, phone, bundle, runner, tmp_path):
+    with pytest.raises(Failed, match="no onnx_qdq program"):
+        run(*words(bundle, script(tmp_path, "onnxruntime_perf_test")))
+    with pytest.raises(Failed, match="no runner for ort_qnn"):
+        run(*words(bundle, runner, "--backend", "ort_qnn"))
+    with pytest.raises(Failed, match="one --backend"):
+        run(*words(bundle, runner, "--backend", "onnx_qdq", "--backend", "executorch_xnnpack"))
+    renamed = Path(shutil.copy(runner, tmp_path / "my_qnn_tool"))
+    (found,) = json.loads(run(*words(bundle, renamed, "--backend", "executorch_xnnpack")))["results"]
+    assert found["golden"]["status"] == "identical"
+
+
 def test_a_program_for_another_machine_is_refused_before_it_is_pushed(run, phone, bundle, tmp_path):
-    elf = tmp_path / "runner"
-    elf.write_bytes(b"\x7fELF\x01" + bytes(13) + (0x28).to_bytes(2, "little") + bytes(40))
+    program = tmp_path / "runner"
+    program.write_bytes(elf(0x28))
     with pytest.raises(Failed, match="built for armeabi-v7a"):
-        run(*words(bundle, elf))
+        run(*words(bundle, program))
     assert phone.pushed == []
 
 
@@ -209,6 +336,6 @@ def test_only_phones_count_as_phones(serial, props, source):
 
 def test_a_runner_that_logs_only_the_sum_gives_one_sample():
     log = "I 00:00:00.1 executor_runner.cpp:430] Model executed successfully 10 time(s) in 25.000000 ms."
-    assert adb.timings(log, 2) == ((2500.0,), None)
+    assert runners.executor_times(log, 2) == ((2500.0,), None)
     with pytest.raises(BackendFailed, match="executor_runner"):
-        adb.timings("hello", 0)
+        runners.executor_times("hello", 0)
