@@ -229,7 +229,7 @@ def test_the_npu_program_runs_with_the_libraries_that_are_named(run, phone, npu_
     (found,) = json.loads(run(*asked))["results"]
     assert found["artifact"] == "executorch_qnn" and found["notes"] == []
     assert found["golden"] == {"status": "identical", "identical": 1.0, "max_lsb": 0, "where": ""}
-    assert len(found["latency_us"]) == 6 and min(found["latency_us"]) > 0
+    assert len(found["latency_us"]) == 6 and min(found["latency_us"]) > 0 and found["conditions"]["threads"] is None
     (command,) = [command for command in phone.commands if "--model_path" in command]
     place = re.search(r"cd (\S+)", command)[1]
     assert f"LD_LIBRARY_PATH={place} ADSP_LIBRARY_PATH={place} " in command
@@ -339,3 +339,14 @@ def test_a_runner_that_logs_only_the_sum_gives_one_sample():
     assert runners.executor_times(log, 2) == ((2500.0,), None)
     with pytest.raises(BackendFailed, match="executor_runner"):
         runners.executor_times("hello", 0)
+
+
+def test_logs_of_qnn_and_perf_test_are_cut_to_the_timed_inferences():
+    log = "".join(f"1 inference took {ms}.0 ms, avg {ms}.0 ms\n" for ms in (9, 8, 1, 2)) + "4 inference took 20.0 ms\n"
+    assert runners.qnn_times(log, 1, 1, 2) == (1000.0, 2000.0)
+    with pytest.raises(BackendFailed, match="qnn_executor_runner"):
+        runners.qnn_times(log, 1, 1, 3)
+    table = "model,0.009,2000000,12,0\nmodel,1e-03,2000000,12,1\n"
+    assert runners.perf_times(table, 1, 1) == ((1000.0,), 2.0)
+    with pytest.raises(BackendFailed, match="onnxruntime_perf_test"):
+        runners.perf_times(table, 1, 2)

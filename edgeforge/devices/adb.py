@@ -52,7 +52,7 @@ def bench(
     libraries: Path | None = None,
 ) -> DeviceResult:
     """Run an artifact on a phone: the one named, or the one that the runner takes. ``libraries``: a folder of shared
-    libraries that the runner finds beside it.
+    libraries that the runner finds beside it. ``threads``: not of the NPU.
 
     Raises InvalidInput for a bundle, a runner or a phone that do not fit, BackendFailed for what fails on the way."""
     if bundle.prefill is not None:
@@ -63,7 +63,7 @@ def bench(
     record = bundle.manifest.backends.get(kind.artifact)
     if record is None or record.status != "built":
         raise InvalidInput(f"{bundle.path} has no {kind.artifact} program -> export with --backend {kind.artifact}")
-    if kind.needs_libraries and not shared:
+    if kind.on_npu and not shared:
         raise InvalidInput(
             f"{kind.artifact} needs Qualcomm's libraries -> --libraries FOLDER with libQnnHtp.so and more"
         )
@@ -90,7 +90,8 @@ def bench(
             say(f"{warmup} + {repeats} inferences of {kind.artifact}")
             measured = kind.run(Run(device, folder, found + program, bundle, threads, warmup, repeats))
             after = _thermal(device)
-            conditions = Conditions(threads=threads, thermal_before=before, thermal_after=after, **_battery(device))
+            used = None if kind.on_npu else threads
+            conditions = Conditions(threads=used, thermal_before=before, thermal_after=after, **_battery(device))
         finally:
             device.shell2(f"rm -rf {folder}", timeout=ANSWER_S)
     exported = {f"exported with {tool}": bundle.manifest.tools.get(tool, "") for tool in kind.tools}
@@ -148,11 +149,9 @@ def wrong_machine(file: Path, machines: Sequence[str]) -> str:
         return ""
     machine = int.from_bytes(head[18:20], "little")
     built = MACHINES.get(machine, f"machine {machine}")
-    return (
-        ""
-        if built in machines
-        else f"{file} is built for {built}, the phone runs {', '.join(machines)} -> build it anew"
-    )
+    if built in machines:
+        return ""
+    return f"{file} is built for {built}, the phone runs {', '.join(machines)} -> build it anew"
 
 
 def read_phone(device: Any) -> Phone:

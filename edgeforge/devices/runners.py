@@ -78,7 +78,7 @@ class Run:
 class Executor:
     """ExecuTorch's executor_runner: --model_path, --inputs, --output_file, --num_executions, --cpu_threads."""
 
-    artifact, summary, needs_libraries = "executorch_xnnpack", "ExecuTorch runner, XNNPACK", False
+    artifact, summary, on_npu = "executorch_xnnpack", "ExecuTorch runner, XNNPACK", False
     tools = ("executorch",)
 
     def run(self, run: Run) -> Measured:
@@ -106,7 +106,7 @@ class QnnExecutor:
     """ExecuTorch's qnn_executor_runner: --model_path, --input_list_path (a line of files per inference),
     --output_folder_path. Each line is timed by itself: golden samples first, then warm-up and timed inferences."""
 
-    artifact, summary, needs_libraries = "executorch_qnn", "ExecuTorch runner, QNN", True
+    artifact, summary, on_npu = "executorch_qnn", "ExecuTorch runner, QNN", True
     tools = ("executorch", "onnxruntime-qnn")
 
     def run(self, run: Run) -> Measured:
@@ -136,7 +136,7 @@ class OnnxPerfTest:
     """onnxruntime_perf_test: the model and its test_data_set_0 in one folder; one line per inference in its result
     file. It keeps no outputs."""
 
-    artifact, summary, needs_libraries = "onnx_qdq", "onnxruntime_perf_test, CPU", False
+    artifact, summary, on_npu = "onnx_qdq", "onnxruntime_perf_test, CPU", False
     tools = ("onnx",)
 
     def run(self, run: Run) -> Measured:
