@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,3 +122,17 @@ def test_writing_a_section_keeps_the_others(tmp_path: Path) -> None:
     page.write(file, one)
     assert file.read_text() == before
     assert before.count("\n## ") == 2 and "emulated (HTP on x86-64)" in before
+
+
+def test_a_seed_makes_the_same_cases_with_any_number_of_threads() -> None:
+    code = (
+        "import sys, torch; torch.set_num_threads(int(sys.argv[1]));"
+        "from edgeforge.conformance.cases import make_case; from edgeforge.conformance.run import select;"
+        "print(*(make_case(*row, k, 3).graph.hash() for row in select([], []) for k in range(2)))"
+    )
+    made = {
+        subprocess.run([sys.executable, "-c", code, threads], check=True, capture_output=True, text=True).stdout
+        for threads in ("1", "2", "5")
+    }
+    assert len(made) == 1
+    assert len(made.pop().split()) > 100

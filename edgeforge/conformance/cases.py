@@ -203,16 +203,17 @@ class _Maker:
         return TensorType(shape, dtype, self.styled(q, dtype))
 
     def reference(self, graph: Graph, node: Node) -> np.ndarray:
-        """Finite real results of the float op on this case's inputs."""
+        """Finite real results of the op on this case's inputs, in float64: the last bit of a float32 sum depends on the
+        number of threads, and with it the scale, so that one seed would make other cases elsewhere."""
         tensors = []
         for name in node.inputs:
             value = self.values[name]
             codes = value.data if value.data is not None else self.feeds[name]
-            real = codes if value.type.q is None else value.type.q.dequantize(codes)
+            real = codes if value.type.q is None else value.type.q.dequantize(codes).astype(np.float64)
             tensors.append(torch.from_numpy(np.ascontiguousarray(real)))
         real = OPS[node.op].torch(torch, graph.view(node), *tensors).numpy()
         real = real[np.isfinite(real) & (np.abs(real) < 1e6)]
-        return real if real.size else np.zeros(1, np.float32)
+        return real if real.size else np.zeros(1)
 
     def chained(self, node: Node) -> tuple[list[Node], str]:
         """x -> op -> y   =>   x -> relu -> op -> y -> relu -> z, without change of encodings"""
