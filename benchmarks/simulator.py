@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from edgeforge import backends
 from edgeforge.backends._child import load_arrays, save_arrays
-from edgeforge.dialects.onnx import to_onnx, write_onnx
+from edgeforge.backends.ort_qnn import write_model
 from edgeforge.frontend.torch import from_module
 from edgeforge.ir.graph import Graph
 from edgeforge.ir.op import OPS
@@ -274,7 +274,7 @@ def emulated(graph: Graph, codes: dict[str, np.ndarray], base: float) -> Row:
     assert target.soc is not None
     with tempfile.TemporaryDirectory(prefix="edgeforge-") as place:
         folder = Path(place)
-        write_onnx(to_onnx(qnn.prepare(graph, target)[0]), folder / "model.onnx")
+        write_model(qnn.prepare(graph, target)[0], folder)
         save_arrays(str(folder / "feeds.npz"), codes)
         command = [sys.executable, __file__, "--emulate", place, str(target.soc.model)]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)

@@ -220,13 +220,10 @@ def generate(
 
 
 def _source(engine: str) -> str:
-    """How a backend's artifact (or another engine) runs here."""
+    """What a backend's artifact (or the float model) runs on here."""
     from edgeforge import backends
 
-    if engine == "simulator":
-        return "simulated on this host"
-    emulated = engine in backends.names() and backends.backend(engine).emulated
-    return "emulated (HTP on x86-64)" if emulated else "measured on this host's CPU"
+    return backends.backend(engine).source if engine in backends.names() else backends.HOST
 
 
 def _stream(pieces: Any, prompt: str, quiet: bool) -> tuple[list[int], str, float]:

@@ -43,9 +43,6 @@ class Result:
     misses: list[str] = field(default_factory=list)
 
 
-SOURCE = {"simulator": "simulated", "ort_qnn": "emulated (HTP on x86-64)", "executorch_qnn": "emulated (HTP on x86-64)"}
-
-
 def validate(
     bundle: Bundle,
     data: Dataset | None = None,
@@ -121,7 +118,7 @@ def _batched(
 
 
 def _compare(bundle: Bundle, name: str, got: Any, expected: Any, reference: Any, islands: bool) -> Result:
-    result = Result(name, True, source=SOURCE.get(name, "this host's CPU"))
+    result = Result(name, True, source=backends.backend(name).source)
     a, b = (np.concatenate([x[o].ravel() for o in bundle.graph.outputs]) for x in (got, expected))
     if not islands:
         result.identical, result.max_lsb = parity(a, b)

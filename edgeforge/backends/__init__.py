@@ -20,6 +20,10 @@ Codes = Mapping[str, np.ndarray]
 Step = Callable[[Codes], Mapping[str, np.ndarray]]
 
 
+#: `Backend.source` of runtimes that compute here as they do on a phone's CPU, and of those that stand in for an NPU.
+HOST, HTP_EMULATOR = "this host's CPU", "emulated (HTP on x86-64)"
+
+
 @dataclass(frozen=True)
 class Edit:
     """One deviation of an artifact from the graph: a dropped, forced or re-encoded detail, and why."""
@@ -43,12 +47,13 @@ class Artifact:
 
 
 class Backend(Protocol):
-    """``numerics``: the profile of its runtime (fixed.PROFILES), or "" for the target's own. ``emulated``: what runs
-    here emulates the device, its times say nothing."""
+    """``numerics``: the profile of its runtime (fixed.PROFILES), or "" for the target's own. ``source``: what
+    runs here, as every figure says it; ``timed``: whether its time is worth knowing (an emulator's is not)."""
 
     name: str
     numerics: str
-    emulated: bool
+    source: str
+    timed: bool
     summary: str
 
     def missing(self) -> str:

@@ -6,6 +6,7 @@ whose activations differ in width, products with a uint8 second operand apart (s
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +21,7 @@ from edgeforge.ir.types import RANGE, QParams, TensorType, Value
 from edgeforge.target import Target
 
 
-class _Editor:
+class Editor:
     """A graph under change: new nodes in order, values by name, and the list of what was changed."""
 
     def __init__(self, graph: Graph):
@@ -52,9 +53,14 @@ class _Editor:
 def prepare(graph: Graph, target: Target) -> tuple[Graph, tuple[Edit, ...]]:
     """The graph in forms that Hexagon computes in integers, and every change. Names of inputs and outputs stay; the new
     nodes carry no rounding constants (`with_profile` adds them)."""
+    return rewritten(graph, (_split_silu, _layer_norm, _average, _pad, _flat, _transpose))
+
+
+def rewritten(graph: Graph, steps: Sequence[Callable[[Editor, Node], None]]) -> tuple[Graph, tuple[Edit, ...]]:
+    """The graph after each step has put (or replaced) every node, and every change."""
     edits: list[Edit] = []
-    for step in (_split_silu, _layer_norm, _average, _pad, _flat, _transpose):
-        editor = _Editor(graph)
+    for step in steps:
+        editor = Editor(graph)
         for node in graph.nodes:
             step(editor, node)
         graph = graph.rebuild(editor.nodes, editor.values)
@@ -62,7 +68,7 @@ def prepare(graph: Graph, target: Target) -> tuple[Graph, tuple[Edit, ...]]:
     return graph, tuple(edits)
 
 
-def _split_silu(e: _Editor, node: Node) -> None:
+def _split_silu(e: Editor, node: Node) -> None:
     """y = silu(x)   =>   s = sigmoid(x); y = mul(x, s)"""
     if node.op != "silu":
         e.put(node)
@@ -75,7 +81,7 @@ def _split_silu(e: _Editor, node: Node) -> None:
     e.note(node, "split into sigmoid and mul", "HTP has no integer kernel for silu")
 
 
-def _layer_norm(e: _Editor, node: Node) -> None:
+def _layer_norm(e: Editor, node: Node) -> None:
     """A uint8 gain, and an int32 bias with one scale (s_x * s_gain): the only form with an integer kernel."""
     if node.op != "layer_norm":
         e.put(node)
@@ -90,7 +96,7 @@ def _layer_norm(e: _Editor, node: Node) -> None:
     e.put(replace(node, inputs=(node.inputs[0], gain_name, bias_name)))
 
 
-def _average(e: _Editor, node: Node) -> None:
+def _average(e: Editor, node: Node) -> None:
     """y = avg_pool(x)   =>   y = reduce_mean(x) where a window is the image, else a convolution by ones: depthwise
     where HTP has that, dense and diagonal where not"""
     if node.op != "avg_pool":
@@ -112,7 +118,7 @@ def _average(e: _Editor, node: Node) -> None:
     e.note(node, "written as a convolution", "HTP's average rounds twice, and reads beyond a padded edge")
 
 
-def _pad(e: _Editor, node: Node) -> None:
+def _pad(e: Editor, node: Node) -> None:
     """y = conv2d(x), padded on the left   =>   p = pad(x); y = conv2d(p), for depthwise 5x5 with stride 2 at 16 bits"""
     pads = node.attrs.get("pads", (0, 0, 0, 0))
     if node.op != "conv2d" or not pads[1] or node.attrs["stride"] != (2, 2):
@@ -122,15 +128,21 @@ def _pad(e: _Editor, node: Node) -> None:
     if depth != 1 or kernel != [5, 5] or kind.dtype != "u16":
         e.put(node)
         return
+    pad_apart(e, node, "HTP's kernel fills its left edge with a wrong low byte")
+
+
+def pad_apart(e: Editor, node: Node, why: str) -> None:
+    """y = op(x), padded   =>   p = pad(x); y = op(p)"""
+    kind, pads = e.graph.type(node.inputs[0]), node.attrs["pads"]
     batch, channels, height, width = kind.shape
     top, left, bottom, right = pads
     padded = replace(kind, shape=(batch, channels, height + top + bottom, width + left + right))
     name = e.put(Node("pad", node.inputs[:1], f"{node.output}.padded", {"pads": pads}, node.source), padded)
-    e.put(replace(node, inputs=(name, *node.inputs[1:]), attrs=dict(node.attrs) | {"pads": (0, 0, 0, 0)}))
-    e.note(node, "padded by an op of its own", "HTP's kernel fills its left edge with a wrong low byte")
+    e.put(replace(node, inputs=(name, *node.inputs[1:]), attrs={**node.attrs, "pads": (0, 0, 0, 0)}))
+    e.note(node, "padded by an op of its own", why)
 
 
-def _flat(e: _Editor, node: Node) -> None:
+def _flat(e: Editor, node: Node) -> None:
     """y = linear(x, w, b) of rank 3 and more   =>   the same on rows: reshape, linear, reshape
 
     HTP's fully connected op takes a bias; a matrix product takes none, and an int32 addition is not offered."""
@@ -146,7 +158,7 @@ def _flat(e: _Editor, node: Node) -> None:
     e.put(Node("reshape", (name,), node.output, {"shape": y.shape}, node.source))
 
 
-def _transpose(e: _Editor, node: Node) -> None:
+def _transpose(e: Editor, node: Node) -> None:
     """y = transpose(x) of rank 3 from a graph input to a graph output   =>   the same at rank 4
 
     ONNX Runtime strips such a transpose of its encodings, and HTP takes bare uint8 tensors at rank 4 only."""

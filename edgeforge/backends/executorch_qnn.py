@@ -11,20 +11,18 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgeforge.backends import Artifact, Codes, Edit, Step, _htp
+from edgeforge.backends import HTP_EMULATOR, Artifact, Codes, Edit, Step, _htp
 from edgeforge.backends._child import in_child, run_in_child, save_arrays, served
 from edgeforge.backends.executorch_xnnpack import wrong_executorch
 from edgeforge.backends.ort_qnn import BACKEND as ORT_QNN
 from edgeforge.errors import Reason
 from edgeforge.ir.graph import Graph, Node
 from edgeforge.ir.text import print_graph, tensors
-from edgeforge.ir.types import Value
 from edgeforge.sim.evaluate import check_feeds
 from edgeforge.target import Target
 
@@ -35,7 +33,7 @@ WORKER = "edgeforge.backends._executorch_qnn_worker"
 class ExecutorchQnn:
     name = "executorch_qnn"
     numerics = ""
-    emulated = True
+    source, timed = HTP_EMULATOR, False
     summary = "ExecuTorch program with a context binary for the Hexagon NPU; runs on Qualcomm's HTP emulator"
 
     def missing(self) -> str:
@@ -52,7 +50,7 @@ class ExecutorchQnn:
         ids = [name for name in graph.inputs if graph.type(name).q is None]
         why = "HTP has no 64-bit integers"
         edits += tuple(Edit(name, "the program takes int32 ids", why) for name in ids)
-        prepared, padded = _explicit_pads(prepared)
+        prepared, padded = _htp.rewritten(prepared, (_pads,))
         return prepared, edits + padded
 
     def compile(self, graph: Graph, target: Target, folder: Path) -> Artifact:
@@ -88,25 +86,13 @@ def _program(folder: Path, graph: Graph) -> dict[str, Any]:
     return {"pte": str(folder / MODEL), "inputs": list(graph.inputs), "results": list(graph.outputs)}
 
 
-def _explicit_pads(graph: Graph) -> tuple[Graph, tuple[Edit, ...]]:
-    """y = conv2d(x) {uneven pads}   =>   p = pad(x); y = conv2d(p)     (and avg_pool with any padding)
-
-    Torch pads so with an operation of its own."""
-    values, nodes, edits = dict(graph.values), [], []
-    for node in graph.nodes:
-        pads = node.attrs.get("pads", (0, 0, 0, 0))
-        uneven = node.op == "conv2d" and pads[:2] != pads[2:]
-        if uneven or (node.op == "avg_pool" and any(pads)):
-            name, kind = f"{node.output}.padded", graph.type(node.inputs[0])
-            made = Node("pad", node.inputs[:1], name, {"pads": pads}, node.source)
-            batch, channels, height, width = kind.shape
-            shape = (batch, channels, height + pads[0] + pads[2], width + pads[1] + pads[3])
-            values[name] = Value(name, replace(kind, shape=shape))
-            node = replace(node, inputs=(name, *node.inputs[1:]), attrs={**node.attrs, "pads": (0, 0, 0, 0)})
-            nodes.append(made)
-            edits.append(Edit(node.output, "padding as a node of its own", "each operation needs an encoded result"))
-        nodes.append(node)
-    return graph.rebuild(nodes, values), tuple(edits)
+def _pads(e: _htp.Editor, node: Node) -> None:
+    """Convolutions with uneven pads, and padded averages: torch pads so with an operation of its own."""
+    pads = node.attrs.get("pads", (0, 0, 0, 0))
+    if (node.op == "conv2d" and pads[:2] != pads[2:]) or (node.op == "avg_pool" and any(pads)):
+        _htp.pad_apart(e, node, "each operation needs an encoded result")
+    else:
+        e.put(node)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeforge.backends import Artifact, Codes, Edit, Step
+from edgeforge.backends import HOST, Artifact, Codes, Edit, Step
 from edgeforge.backends._child import in_batches
 from edgeforge.backends._log import new_log, redirected, telling_lines
 from edgeforge.errors import BackendFailed, Reason
@@ -43,7 +43,7 @@ def wrong_executorch() -> str:
 class ExecutorchXnnpack:
     name = "executorch_xnnpack"
     numerics = "xnnpack"
-    emulated = False
+    source, timed = HOST, True
     summary = "ExecuTorch program with XNNPACK's int8 kernels; what has none is a float island"
 
     def missing(self) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeforge.backends import Artifact, Codes, Step
+from edgeforge.backends import HOST, Artifact, Codes, Step
 from edgeforge.backends._child import in_batches
 from edgeforge.errors import Reason
 from edgeforge.ir.graph import Graph
@@ -27,7 +27,7 @@ OPTIONS = {"session.qdq_matmulnbits_accuracy_level": "1", "session.x64quantpreci
 class OnnxQdq:
     name = "onnx_qdq"
     numerics = "ort-cpu"
-    emulated = False
+    source, timed = HOST, True
     summary = "QDQ model, opset 23, run by ONNX Runtime on the CPU"
 
     def missing(self) -> str:

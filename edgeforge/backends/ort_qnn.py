@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgeforge.backends import Artifact, Codes, Edit, Step, _htp
+from edgeforge.backends import HTP_EMULATOR, Artifact, Codes, Edit, Step, _htp
 from edgeforge.backends._child import in_child, run_in_child, served
 from edgeforge.errors import BackendFailed, Reason
 from edgeforge.ir.graph import Graph
@@ -35,7 +35,7 @@ OPTIONS = {"htp_graph_finalization_optimization_mode": "3"}
 class OrtQnn:
     name = "ort_qnn"
     numerics = ""
-    emulated = True
+    source, timed = HTP_EMULATOR, False
     summary = "context binary for the Hexagon NPU; runs on Qualcomm's HTP emulator (x86-64 Linux)"
 
     def missing(self) -> str:
@@ -65,11 +65,9 @@ class OrtQnn:
         return _htp.prepare(graph, target)
 
     def compile(self, graph: Graph, target: Target, folder: Path) -> Artifact:
-        from edgeforge.dialects.onnx import to_onnx, write_onnx
-
         assert target.soc is not None
         prepared, edits = self.prepare(graph, target)
-        files = write_onnx(to_onnx(prepared, two_level=True), folder / MODEL)
+        files = write_model(prepared, folder)
         request = {"model": str(folder / MODEL), "context": str(folder / CONTEXT), "soc": target.soc.model}
         with tempfile.TemporaryDirectory(prefix="edgeforge-") as dump:
             in_child(self.name, WORKER, {"action": "compile", **request, "options": OPTIONS, "dump": dump})
@@ -92,10 +90,8 @@ class OrtQnn:
 
     def evaluate(self, graph: Graph, target: Target, feeds: Codes) -> dict[str, np.ndarray]:
         """Output codes of ``graph`` without an artifact: one session compiles and runs the QDQ model."""
-        from edgeforge.dialects.onnx import to_onnx, write_onnx
-
         with tempfile.TemporaryDirectory(prefix="edgeforge-") as folder:
-            write_onnx(to_onnx(self.prepare(graph, target)[0], two_level=True), Path(folder) / MODEL)
+            write_model(self.prepare(graph, target)[0], Path(folder))
             return self._run(Path(folder) / MODEL, graph, target, feeds)
 
     def _run(self, model: Path, graph: Graph, target: Target, feeds: Codes) -> dict[str, np.ndarray]:
@@ -103,6 +99,13 @@ class OrtQnn:
         sizes = {name: graph.type(name).shape[0] for name in graph.inputs}
         request = {"model": str(model), "soc": target.soc.model, "options": OPTIONS, "sizes": sizes}
         return run_in_child(self.name, WORKER, {"action": "run", **request}, feeds)
+
+
+def write_model(prepared: Graph, folder: Path) -> tuple[str, ...]:
+    """The QDQ model of a prepared graph, as the QNN provider reads it; the names of its files in ``folder``."""
+    from edgeforge.dialects.onnx import to_onnx, write_onnx
+
+    return write_onnx(to_onnx(prepared, two_level=True), folder / MODEL)
 
 
 def float_islands(graph: Graph, dump: Path) -> tuple[str, ...]:

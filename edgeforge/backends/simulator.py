@@ -19,7 +19,7 @@ from edgeforge.target import Target
 class Simulator:
     name = "simulator"
     numerics = ""
-    emulated = False
+    source, timed = "simulated", True
     summary = "EdgeForge's bit-exact evaluator"
 
     def missing(self) -> str:

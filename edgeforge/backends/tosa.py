@@ -42,7 +42,7 @@ def tools() -> Path | None:
 class Tosa:
     name = "tosa"
     numerics = "tosa"
-    emulated = False
+    source, timed = "emulated (Arm's reference model)", False
     summary = "TOSA 1.0 flatbuffer, run by Arm's reference model"
 
     def missing(self) -> str:

@@ -31,18 +31,13 @@ def document(target: Target, name: str, seed: int, samples: int, rows: Sequence[
     return {
         "target": target.name,
         "backend": name,
-        "source": source(name),
+        "source": backend(name).source,
         "versions": tool_versions(),
         "date": date.today().isoformat(),
         "seed": seed,
         "samples": samples,
         "rows": listed,
     }
-
-
-def source(name: str) -> str:
-    """Where the runtime's integers come from; never a device."""
-    return "emulated (HTP on x86-64)" if not backend(name).numerics else "this host's CPU"
 
 
 def write(path: Path, found: Mapping[str, Any]) -> None:

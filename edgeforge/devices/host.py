@@ -87,10 +87,10 @@ def bench(
 
 def _one(bundle: Bundle, name: str, about: dict[str, Any], threads: int, repeats: int, warmup: int) -> DeviceResult:
     chosen = backends.backend(name)
-    emulated = name == "simulator" or chosen.emulated
-    made: dict[str, Any] = {"source": "emulated" if emulated else "host", "artifact": name, "part": bundle.part}
+    source = "host" if chosen.source == backends.HOST else "emulated"
+    made: dict[str, Any] = {"source": source, "artifact": name, "part": bundle.part}
     made["runtime"] = Runtime(name=chosen.summary, versions=_versions(name))
-    if not chosen.emulated:
+    if chosen.timed:
         with tempfile.TemporaryDirectory(prefix="edgeforge-") as folder:
             outputs, figures = Path(folder) / "outputs.npz", Path(folder) / "figures.json"
             request = {
