@@ -1,7 +1,6 @@
-"""Time and memory of exporting a language model of Llama-3.2-1B's shape (random weights), and ONNX Runtime's
-`quantize_static` on the same decode graph for comparison. Run from the repository:
+"""Time and memory of exporting a language model of Llama-3.2-1B's shape (random weights). Run from the repository:
 
-    python -m benchmarks.export FOLDER [--layers 16] [--precision w8a8] [--backend onnx_qdq] [--compare]
+    python -m benchmarks.export FOLDER [--layers 16] [--precision w8a8] [--backend onnx_qdq]
 
 Memory is the peak of anonymous (not file-mapped) resident pages of the process tree."""
 
@@ -9,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -129,10 +129,7 @@ def main() -> None:
     for file in model.glob("*.safetensors"):
         with safe_open(file, "np") as opened:
             for name in opened.keys():  # noqa: SIM118
-                size = 1
-                for side in opened.get_slice(name).get_shape():
-                    size *= side
-                parameters += size
+                parameters += math.prod(opened.get_slice(name).get_shape())
     print(f"{parameters / 1e9:.3f} billion parameters, {4 * parameters / 2**30:.2f} GiB in float32", flush=True)
 
     def say(line: str) -> None:

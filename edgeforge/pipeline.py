@@ -201,24 +201,9 @@ def export(
         write_core(folder, graph, recipe, target, golden)
         _keep_tokenizer(recipe, base, folder)
         records = lower(graph, target, backend_names, folder / "artifacts", say)
-        fields: dict[str, Any] = {
-            "edgeforge": __version__,
-            "model": model.name,
-            "target": target.name,
-            "precision": recipe.precision,
-            "calibrated": calibration != "random",
-            "calibration": f"{used} samples of {data.name}, {recipe.calibration.method}",
-            "graph_hash": graph.hash(),
-            "inputs": tuple(port(n, graph.type(n)) for n in graph.inputs),
-            "outputs": tuple(port(n, graph.type(n)) for n in graph.outputs),
-            "exceptions": exceptions(graph, recipe),
-            "notes": notes,
-            "backends": records,
-            "figures": figures(graph, golden, target),
-        }
-        (folder / "report.md").write_text(quantization_report(graph, fields))
-        (folder / "README.txt").write_text(bundle_readme(target, fields))
-        write_manifest(folder, **fields)
+        how = f"{used} samples of {data.name}, {recipe.calibration.method}"
+        described = {"notes": notes, "backends": records, "figures": figures(graph, golden, target)}
+        _finish(folder, model, graph, recipe, target, calibration, calibrated_on=how, **described)
     return load_bundle(out)
 
 
@@ -250,26 +235,44 @@ def _export_language(
         made = [
             lower(part.graph, target, backend_names, folder / "artifacts", say, name) for name, part in parts.items()
         ]
-        fields: dict[str, Any] = {
-            "edgeforge": __version__,
-            "model": model.name,
-            "target": target.name,
-            "precision": recipe.precision,
-            "calibrated": calibration != "random",
-            "calibration": f"{used} sequences of {source}, {recipe.calibration.method}",
-            "graph_hash": decode.hash(),
-            "inputs": tuple(port(n, decode.type(n)) for n in decode.inputs),
-            "outputs": tuple(port(n, decode.type(n)) for n in decode.outputs),
-            "exceptions": exceptions(decode, recipe),
+        how = f"{used} sequences of {source}, {recipe.calibration.method}"
+        described = {
             "notes": notes,
             "language": record,
             "backends": {name: _joined(made[0][name], made[1][name]) for name in made[0]},
             "figures": figures(decode, own, target),
         }
-        (folder / "report.md").write_text(quantization_report(decode, fields))
-        (folder / "README.txt").write_text(bundle_readme(target, fields))
-        write_manifest(folder, **fields)
+        _finish(folder, model, decode, recipe, target, calibration, calibrated_on=how, **described)
     return load_bundle(out)
+
+
+def _finish(
+    folder: Path,
+    model: Model,
+    graph: Graph,
+    recipe: Recipe,
+    target: Target,
+    calibration: str | Mapping[str, np.ndarray],
+    calibrated_on: str,
+    **described: Any,
+) -> None:
+    """What is written last into a bundle's folder: the report, README.txt, and the manifest over all files."""
+    fields: dict[str, Any] = {
+        "edgeforge": __version__,
+        "model": model.name,
+        "target": target.name,
+        "precision": recipe.precision,
+        "calibrated": calibration != "random",
+        "calibration": calibrated_on,
+        "graph_hash": graph.hash(),
+        "inputs": tuple(port(n, graph.type(n)) for n in graph.inputs),
+        "outputs": tuple(port(n, graph.type(n)) for n in graph.outputs),
+        "exceptions": exceptions(graph, recipe),
+        **described,
+    }
+    (folder / "report.md").write_text(quantization_report(graph, fields))
+    (folder / "README.txt").write_text(bundle_readme(target, fields))
+    write_manifest(folder, **fields)
 
 
 def _joined(a: BackendRecord, b: BackendRecord) -> BackendRecord:

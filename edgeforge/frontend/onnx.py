@@ -42,7 +42,7 @@ SIGNED = {"int8": ("i8", 0), "uint8": ("i8", -128), "int4": ("i4", 0), "uint4": 
 #: What reading or evaluating a damaged node raises.
 _MALFORMED = (
     KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, MemoryError,
-    RuntimeError, NotImplementedError, UnicodeDecodeError,
+    RuntimeError, UnicodeDecodeError,
 )  # fmt: skip
 
 

@@ -32,7 +32,6 @@ _TORCH_ERRORS = (
     IndexError,
     AttributeError,
     AssertionError,
-    NotImplementedError,
     torch._dynamo.exc.TorchDynamoException,
 )
 
@@ -96,7 +95,7 @@ def _check_archive(path: Path) -> None:
                 _check_entry(path, entry, archive)
     except OSError as error:
         raise InvalidInput(f"{path}: {error.strerror or error}") from None
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
+    except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError) as error:
         raise InvalidInput(f"{path.name} is not a .pt2 archive or is damaged ({error}) -> {advice}") from None
 
 

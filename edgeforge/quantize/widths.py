@@ -8,7 +8,6 @@ rounded twice, as in the runtime."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -24,43 +23,37 @@ def equal_widths(graph: Graph) -> Graph:
     16-bit product stay. The new nodes have no rounding constants yet."""
     values, nodes = dict(graph.values), []
     for node in graph.nodes:
-        wide = _wide_ports(graph, node)
-        narrow = graph.type(node.output).dtype == "u8" and _width(graph, node) == "u16"
-        inputs = [_widen(graph, name, values, nodes) if i in wide else name for i, name in enumerate(node.inputs)]
-        if wide and OPS[node.op].numerics == "dot" and len(inputs) == 3:
+        activations, out = _activations(node), graph.type(node.output)
+        kinds = [graph.type(node.inputs[i]).dtype for i in activations]
+        if len({out.dtype, *kinds}) < 2:
+            nodes.append(node)
+            continue
+        inputs = list(node.inputs)
+        for i, kind in zip(activations, kinds, strict=True):
+            if kind == "u8":
+                inputs[i] = _widen(graph, inputs[i], values, nodes)
+        if kinds[0] == "u8" and OPS[node.op].numerics == "dot" and len(inputs) == 3:
             inputs[2] = _finer_bias(graph.values[inputs[2]], values)
-        changed = replace(node, inputs=tuple(inputs))
-        if not narrow:
-            nodes.append(changed)
+        if out.dtype == "u16":
+            nodes.append(replace(node, inputs=tuple(inputs)))
             continue
         output16 = f"{node.output}.u16"
-        values[output16] = Value(output16, widened(graph.type(node.output)))
+        values[output16] = Value(output16, widened(out))
         attrs = {k: v for k, v in node.attrs.items() if k != "clamp" or clamp_codes(graph.view(node)) != RANGE["u8"]}
-        nodes.append(replace(changed, output=output16, attrs=attrs))
+        nodes.append(replace(node, inputs=tuple(inputs), output=output16, attrs=attrs))
         nodes.append(Node("requantize", (output16,), node.output, {}, node.source))
     return graph.rebuild(nodes, values)
 
 
 def _activations(node: Node) -> list[int]:
-    """The inputs whose width counts: of a product the first, of a norm the normalized one."""
+    """The inputs whose width counts: none where codes move or change their encoding, of a product the first, of a norm
+    the normalized one."""
     op = OPS[node.op]
+    if op.numerics == "move" or node.op == "requantize":
+        return []
     if op.numerics in ("dot", "norm"):
         return [0]
     return [i for i in range(len(node.inputs)) if op.port(i).role == ACT]
-
-
-def _width(graph: Graph, node: Node) -> str:
-    """The width at which a node computes."""
-    if OPS[node.op].numerics == "move" or node.op == "requantize":
-        return graph.type(node.output).dtype
-    kinds = {graph.type(node.inputs[i]).dtype for i in _activations(node)} | {graph.type(node.output).dtype}
-    return "u16" if "u16" in kinds else "u8"
-
-
-def _wide_ports(graph: Graph, node: Node) -> Sequence[int]:
-    if _width(graph, node) == "u8" or OPS[node.op].numerics == "move" or node.op == "requantize":
-        return ()
-    return [i for i in _activations(node) if graph.type(node.inputs[i]).dtype == "u8"]
 
 
 def widened(kind: TensorType) -> TensorType:
