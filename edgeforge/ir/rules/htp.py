@@ -176,6 +176,7 @@ _EXACT8 = {
     "global": "htp_mean",
     "reduce_mean": "htp_mean_last",
     "requantize": "htp_requantize",
+    "requantize_beside_table": "htp_table",
     "table": "htp_table",
 }
 
