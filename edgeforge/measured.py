@@ -50,8 +50,8 @@ def measure(graph: Graph, target: Target) -> tuple[Graph, tuple[str, ...]]:
 
 
 def _open(node: Node) -> bool:
-    """Whether a node is a function of one code whose rule is not exact. HTP computes some requantizes together with what
-    is before them."""
+    """Whether a node is a function of one code whose rule is not exact. HTP computes some requantizes together with
+    what is before them."""
     return OPS[node.op].numerics == "table" and node.op != "requantize" and RULES[node.rule].status != "exact"
 
 

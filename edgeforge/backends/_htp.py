@@ -54,7 +54,7 @@ class Editor:
 def prepare(graph: Graph, target: Target) -> tuple[Graph, tuple[Edit, ...]]:
     """The graph in forms that Hexagon computes in integers, and every change. Names of inputs and outputs stay; the new
     nodes carry no rounding constants (`with_profile` adds them)."""
-    steps = (_split_silu, _split_rsqrt, _layer_norm, _average, _pad, _pad_behind, _clip_relu, _flat, _transpose)
+    steps = (_split_silu, _split_rsqrt, _layer_norm, _average, _mean, _pad, _pad_behind, _clip_relu, _flat, _transpose)
     graph, edits = rewritten(graph, steps)
     return remove_dead(graph), edits
 
@@ -135,6 +135,28 @@ def _average(e: Editor, node: Node) -> None:
     attrs = {key: node.attrs[key] for key in ("stride", "pads")} | {"dilation": (1, 1), "groups": groups}
     e.put(Node("conv2d", (node.inputs[0], w), node.output, attrs, node.source))
     e.note(node, "written as a convolution", "HTP's average rounds twice, and reads beyond a padded edge")
+
+
+def _mean(e: Editor, node: Node) -> None:
+    """y = reduce_mean(x)   =>   the mean of images of one column: transpose, reshape, reduce_mean, reshape"""
+    image = {"axes": (2, 3), "keepdims": True}
+    kind, out = e.graph.type(node.inputs[0]), e.graph.type(node.output)
+    if node.op != "reduce_mean" or (node.attrs == image and len(kind.shape) == 4):
+        e.put(node)
+        return
+    axes = node.attrs["axes"]
+    count = kind.size // out.size
+    perm = (*(axis for axis in range(len(kind.shape)) if axis not in axes), *axes)
+    name, shape = node.inputs[0], (1, out.size, count, 1)
+    if perm != tuple(range(len(perm))):
+        moved = replace(kind, shape=tuple(kind.shape[axis] for axis in perm))
+        name = e.put(Node("transpose", (name,), f"{node.output}.moved", {"perm": perm}, node.source), moved)
+    rows = Node("reshape", (name,), f"{node.output}.image", {"shape": shape}, node.source)
+    name = e.put(rows, replace(kind, shape=shape))
+    mean = Node("reduce_mean", (name,), f"{node.output}.mean", image, node.source)
+    name = e.put(mean, replace(out, shape=(1, out.size, 1, 1)))
+    e.put(Node("reshape", (name,), node.output, {"shape": out.shape}, node.source))
+    e.note(node, "written as the mean of an image", "HTP's mean of other axes rounds at unknown places")
 
 
 def _pad(e: Editor, node: Node) -> None:

@@ -40,7 +40,7 @@ def _kinds(n: NodeView) -> Iterator[str]:
         yield "depthwise_2"
     if n.node.op == "softmax" and n.shape(0)[n["axis"]] < 3:
         yield "softmax_short"
-    if (n.node.op == "reduce_mean" and n["axes"] == (2, 3) and n["keepdims"]) or covers_image(n):
+    if covers_image(n):
         yield "global"
     if OPS[n.node.op].numerics == "dot" and n.type(1).dtype == "i4":
         yield "dot_i4"

@@ -146,26 +146,6 @@ def _apply_htp_mean(n: NodeView, total: Array) -> Array:
     return saturate(n, shift_right(total * n.fixed["mult"] + n.fixed["half"], n.fixed["shift"]))
 
 
-def _derive_mean_last(n: NodeView) -> Constants:
-    """``half``: what is added before the shift: at 16 bits a whole step where s < 1/2; at 8 bits one step and a half
-    where it is not."""
-    count = n.type(0).size // n.out.size
-    fraction, exponent = np.frexp(float(n.q(0).scale) / float(n.q(-1).scale) / count)
-    shift = 15 - int(exponent)
-    half = 1 << shift >> 1 if shift > 0 else 0
-    if n.type(0).dtype == "u16":
-        mult, half = int(np.rint(fraction * 2**16)) >> 1, half << int(exponent < 0)
-    else:
-        mult, half = int(fraction * 2**15), half + (1 << shift if shift > 0 and exponent >= 0 else 0)
-    return with_range(n, mult=mult, shift=shift, half=half)
-
-
-def _apply_mean_last(n: NodeView, total: Array) -> Array:
-    """As `_apply_htp_mean`, but that 8-bit ties go toward the zero point."""
-    half = n.fixed["half"] - ((total > 0) if n.type(0).dtype == "u8" else 0)
-    return saturate(n, shift_right(total * n.fixed["mult"] + half, n.fixed["shift"]))
-
-
 _EXACT8 = {
     "dot": "htp8",
     "depthwise_2": "htp_depthwise_2",
@@ -174,7 +154,7 @@ _EXACT8 = {
     "sub": "htp_sum",
     "mul": "htp_product",
     "global": "htp_mean",
-    "reduce_mean": "htp_mean_last",
+    "reduce_mean": "htp_mean",
     "requantize": "htp_requantize",
     "requantize_beside_table": "htp_table",
     "table": "htp_table",
@@ -197,7 +177,6 @@ RULES = (
     Rule("htp_window16", _derive_htp16, _apply_window16, "exact"),
     Rule("htp_window16_v68", _derive_htp16, _apply_window16, "bounded", V68),
     Rule("htp_mean", _derive_htp_mean, _apply_htp_mean, "exact"),
-    Rule("htp_mean_last", _derive_mean_last, _apply_mean_last, "bounded", "98 % identical, at most 3 LSB"),
 )
 _EXACT16 = {
     "dot": "htp16",
@@ -207,7 +186,7 @@ _EXACT16 = {
     "sub": "htp_sum16",
     "mul": "htp_product16",
     "global": "htp_mean",
-    "reduce_mean": "htp_mean_last",
+    "reduce_mean": "htp_mean",
     "requantize": "htp_requantize16",
 }
 PROFILES: dict[str, Profile] = {

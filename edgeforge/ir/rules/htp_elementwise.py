@@ -167,8 +167,8 @@ def _derive_product16(n: NodeView) -> Constants:
 
 
 def _zero_product(n: NodeView) -> int:
-    """2ab + a + b of the zero points a, b around mid-range: taken from the product before the multiplication, and added,
-    multiplied by itself, after it."""
+    """2ab + a + b of the zero points a, b around mid-range: taken from the product before the multiplication, and
+    added, multiplied by itself, after it."""
     middle = (RANGE[n.type(0).dtype][1] + 1) // 2
     a, b = n.zero(0) - middle, n.zero(1) - middle
     return 2 * a * b + a + b

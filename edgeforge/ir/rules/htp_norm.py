@@ -1,5 +1,5 @@
-"""Hexagon's softmax, RMSNorm and LayerNorm, v73-v81: rules found by probing the HTP emulator (QNN 2.49) with integers in and
-integers out. docs/numerics.md has the evidence."""
+"""Hexagon's softmax, RMSNorm and LayerNorm, v73-v81: rules found by probing the HTP emulator (QNN 2.49) with integers
+in and integers out. docs/numerics.md has the evidence."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def narrow_gain(n: NodeView) -> tuple[Array, QParams, Array]:
 
 
 def _derive_layer_norm(n: NodeView) -> Constants:
-    """gain: centered uint8 codes; scale: s_gain / s_y and eps: in squared input codes, float32 bit patterns; bias: whole
-    output steps, ties away from zero."""
+    """gain: centered uint8 codes; scale (s_gain / s_y) and eps (in squared input codes): float32 bit patterns; bias:
+    whole output steps, ties away from zero."""
     gain, q, codes = narrow_gain(n)
     scale, eps = f32(q.scale / n.q(-1).scale), f32(f32(n["eps"]) / f32(n.q(0).scale * n.q(0).scale))
     step = f32(n.q(0).scale * q.scale)
@@ -94,8 +94,8 @@ def _normalizer(n: NodeView, codes: Array) -> tuple[Array, Array]:
 
 
 def _apply_layer_norm8(n: NodeView, x: Array, w: Array, b: Array) -> Array:
-    """``(gain * M * (64 c - mean) + half) >> 22``, plus the bias: the mean is cut to 1/64 of a code, the normalizer M to
-    16 bits and to a multiple of 2**-16."""
+    """``(gain * M * (64 c - mean) + half) >> 22``, plus the bias: the mean is cut to 1/64 of a code, the normalizer M
+    to 16 bits and to a multiple of 2**-16."""
     codes = x.astype(np.int64)
     fraction, exponent = _normalizer(n, codes)
     mult = np.floor(np.ldexp(np.floor(fraction * 65536), exponent)).astype(np.int64)
