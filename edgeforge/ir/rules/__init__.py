@@ -40,6 +40,8 @@ def _kinds(n: NodeView) -> Iterator[str]:
         yield "depthwise_2"
     if n.node.op == "softmax" and n.shape(0)[n["axis"]] < 3:
         yield "softmax_short"
+    if n.node.op == "softmax" and n.shape(0)[n["axis"]] <= 16:
+        yield "softmax_narrow"
     if covers_image(n):
         yield "global"
     if OPS[n.node.op].numerics == "dot" and n.type(1).dtype == "i4":

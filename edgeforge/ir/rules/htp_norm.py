@@ -152,11 +152,26 @@ def _apply_softmax16(n: NodeView, x: Array) -> Array:
     return saturate(n, (power * inverse >> 15 + exponent) - n.q(-1).zero)
 
 
+def _derive_softmax8(n: NodeView) -> Constants:
+    """An input code in octaves, at 2**-22: its first 8 bits."""
+    fraction, exponent = np.frexp(np.float64(n.q(0).scale) * np.log2(np.e))
+    return with_range(n, step=int(np.ldexp(np.floor(fraction * 256), int(exponent) + 14)))
+
+
+def _apply_softmax8(n: NodeView, x: Array) -> Array:
+    """Powers of two at 2**-15 over their sum, rounded to steps of 1/256."""
+    x = x.astype(np.int64)
+    power = power_of_two((x.max(n["axis"], keepdims=True) - x) * n.fixed["step"])
+    return saturate(n, np.rint(256 * power / power.sum(n["axis"], keepdims=True)).astype(np.int64) - n.q(-1).zero)
+
+
+NEAR = "the reciprocal of the sum is not known to the last bit: 99.99 % identical, 1 LSB"
 SHORT = "rows of 1 or 2 have another kernel: the rule of longer rows, at most 12 LSB"
 LAYER_NORM = "the normalizer of 1 row in 40 is one too large in 16 bits: 99.99 % identical, 1 LSB"
 RULES = (
     Rule("htp_layer_norm8", _derive_layer_norm, _apply_layer_norm8, "bounded", LAYER_NORM),
     Rule("htp_layer_norm16", _derive_layer_norm, _apply_layer_norm16, "exact"),
+    Rule("htp_softmax8", _derive_softmax8, _apply_softmax8, "bounded", NEAR),
     Rule("htp_softmax16", _derive_softmax16, _apply_softmax16, "exact"),
     Rule("htp_softmax16_short", _derive_softmax16, _apply_softmax16, "bounded", SHORT),
     Rule("htp_rms_norm8", _derive_rms_norm, _apply_rms_norm8, "exact"),
@@ -166,7 +181,12 @@ PROFILES: dict[str, Profile] = {}
 
 #: What Hexagon's profiles say about these ops.
 NORMS: Profile = {
-    "u8": {"rms_norm": "htp_rms_norm8", "layer_norm": "htp_layer_norm8"},
+    "u8": {
+        "rms_norm": "htp_rms_norm8",
+        "layer_norm": "htp_layer_norm8",
+        "softmax": "htp_softmax8",
+        "softmax_narrow": "softmax",
+    },
     "u16": {
         "rms_norm": "htp_rms_norm16",
         "layer_norm": "htp_layer_norm16",
