@@ -178,7 +178,7 @@ _EXACT8 = {
     "table": "htp_table",
 }
 
-V68 = "ratios below 2**-11 with a bias: 99 % identical, at most 2 LSB"
+V68 = "99.5 % identical, 1 LSB, with a bias at ratios below 2**-11; depthwise 2x2 of stride 2: another kernel, 506 LSB"
 RULES = (
     Rule("htp8", _derive_htp8, _apply_htp8, "exact"),
     Rule("htp8_v68", _derive_htp8_v68, _apply_htp8_v68, "exact"),
@@ -206,7 +206,7 @@ PROFILES: dict[str, Profile] = {
         "u16": {**EXACT_VALUE, **_EXACT16, **NORMS["u16"]},
     },
     "htp-v68": {
-        "u8": {**EXACT_VALUE, **_EXACT8, "dot": "htp8_v68", "avg_pool": "htp8_v68"},
-        "u16": {**EXACT_VALUE, **_EXACT16, "dot": "htp16_v68", "avg_pool": "htp_window16_v68"},
+        "u8": {**EXACT_VALUE, **_EXACT8, **NORMS["u8"], "dot": "htp8_v68", "avg_pool": "htp8_v68"},
+        "u16": {**EXACT_VALUE, **_EXACT16, **NORMS["u16"], "dot": "htp16_v68", "avg_pool": "htp_window16_v68"},
     },
 }
