@@ -252,10 +252,22 @@ def _is_wrong(node: Node, graph: Graph) -> bool:
     return small and shape[1:] == (1, 2, 2) and node.attrs["stride"] == (2, 2)
 
 
+def _never_ends(node: Node, graph: Graph) -> bool:
+    """A 16-bit product whose ratio lies a little above a power of two, from 1/8 on."""
+    if node.op != "mul" or graph.type(node.output).dtype != "u16":
+        return False
+    n = graph.view(node)
+    fraction, exponent = np.frexp(np.float32(n.q(0).scale * n.q(1).scale) / n.q(-1).scale)
+    return bool(exponent >= -2 and 0.5 < fraction < 0.5 + 2.0**-16)
+
+
 def refusals(graph: Graph, target: Target) -> list[Reason]:
     """Forms of products and convolutions that HTP rejects or computes wrongly."""
     reasons = []
     for node in graph.nodes:
+        if _never_ends(node, graph):
+            why = "HTP's compiler does not end at this ratio of scales (s_a * s_b / s_y just above a power of two)"
+            reasons.append(Reason(node.source or node.output, node.op, why, "another range of the output"))
         if OPS[node.op].numerics != "dot":
             continue
         if node.op == "conv2d" and _is_wrong(node, graph):
