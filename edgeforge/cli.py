@@ -603,8 +603,8 @@ def report(
 def sweep(
     file: Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="models, targets, precisions, methods")],
     out: Annotated[Path, typer.Option(help="folder of the trials; the same folder again resumes")],
-    executor: Annotated[str, typer.Option(help="processes, or dask")] = "processes",
-    address: Annotated[str | None, typer.Option(help="dask: of the scheduler")] = None,
+    executor: Annotated[str, typer.Option(help="processes, dask or ray")] = "processes",
+    address: Annotated[str | None, typer.Option(help="dask, ray: of the cluster")] = None,
     retry: Annotated[bool, typer.Option("--retry", help="also run what failed before")] = False,
     as_json: Json = False,
 ) -> None:
