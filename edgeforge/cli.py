@@ -466,6 +466,9 @@ def bench(
     ] = None,
     libraries: Annotated[Path | None, typer.Option(help="adb: folder of the runner's shared libraries")] = None,
     serial: Annotated[str | None, typer.Option(help="adb: which phone")] = None,
+    any_chip: Annotated[
+        bool, typer.Option("--any-chip", help="adb: even if the phone's chip is not the bundle's, or not known")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="hub: say what would be uploaded")] = False,
     as_json: Json = False,
 ) -> None:
@@ -496,7 +499,7 @@ def bench(
         if len(names) > 1:
             raise InvalidInput("a runner takes one artifact -> one --backend")
         artifact = names[0] if names else None
-        found = [adb.bench(opened, runner, serial, threads, repeats, warmup, _say, artifact, libraries)]
+        found = [adb.bench(opened, runner, serial, threads, repeats, warmup, _say, artifact, libraries, any_chip)]
         store.add(found[0], opened)
     else:
         raise InvalidInput(f"--on {on} -> host, hub or adb")

@@ -50,9 +50,11 @@ def bench(
     say: Callable[[str], None] = lambda line: None,
     artifact: str | None = None,
     libraries: Path | None = None,
+    any_chip: bool = False,
 ) -> DeviceResult:
     """Run an artifact on a phone: the one named, or the one that the runner takes. ``libraries``: a folder of shared
-    libraries that the runner finds beside it. ``threads``: not of the NPU.
+    libraries that the runner finds beside it. ``threads``: not of the NPU. ``any_chip``: also where the phone has
+    another chip than the bundle is for, or does not name it; the record's conditions say so.
 
     Raises InvalidInput for a bundle, a runner or a phone that do not fit, BackendFailed for what fails on the way."""
     if bundle.prefill is not None:
@@ -73,7 +75,7 @@ def bench(
         for file, machines in ((runner, phone.abis), *((file, (*phone.abis, "hexagon")) for file in shared)):
             if why := wrong_machine(file, machines):
                 raise InvalidInput(why)
-        notes = misfits(phone, bundle.target, compiled="soc_model" in record.options)
+        unlike = other_chip(phone, bundle.target, any_chip)
         say(f"{phone.name}, Android {phone.os}, {phone.soc or 'unknown chip'}, {phone.serial}")
         # What a run left whose phone went away before its end; a younger folder may be another run's that goes on.
         device.shell2(f"find {PLACE} -maxdepth 1 -name 'run-*' -mtime +0 -exec rm -rf {{}} +", timeout=ANSWER_S)
@@ -91,11 +93,16 @@ def bench(
             measured = kind.run(Run(device, folder, found + program, bundle, threads, warmup, repeats))
             after = _thermal(device)
             used = None if kind.on_npu else threads
-            conditions = Conditions(threads=used, thermal_before=before, thermal_after=after, **_battery(device))
+            conditions = Conditions(
+                threads=used, thermal_before=before, thermal_after=after, other_chip=unlike, **_battery(device)
+            )
         finally:
             device.shell2(f"rm -rf {folder}", timeout=ANSWER_S)
     exported = {f"exported with {tool}": bundle.manifest.tools.get(tool, "") for tool in kind.tools}
-    checked = measured.outputs and compare(expected(bundle, kind.artifact), measured.outputs, bool(record.islands))
+    if measured.outputs is None:
+        golden = Golden(status="not checked", where=measured.unchecked)
+    else:
+        golden = compare(expected(bundle, kind.artifact), measured.outputs, bool(record.islands))
     return DeviceResult(
         source=phone.source,
         run_id=run_id,
@@ -108,8 +115,8 @@ def bench(
         latency_us=measured.latency_us,
         load_ms=measured.load_ms,
         peak_memory_mb=measured.peak_memory_mb,
-        golden=checked or Golden(status="not run"),
-        notes=(*notes, *measured.notes),
+        golden=golden,
+        notes=_abi_note(phone, bundle.target),
     )
 
 
@@ -122,23 +129,25 @@ def _shared(libraries: Path | None) -> list[Path]:
     return sorted(file for file in libraries.iterdir() if file.is_file())
 
 
-def misfits(phone: Phone, target: Target, compiled: bool) -> tuple[str, ...]:
-    """How the phone is not what ``target`` describes. Raises InvalidInput when it has another chip than the one that
-    the artifact is ``compiled`` for."""
-    found = []
-    if target.abi != phone.abis[0]:
-        found.append(f"the target's ABI is {target.abi}, the phone's {phone.abis[0]}")
+def _abi_note(phone: Phone, target: Target) -> tuple[str, ...]:
+    same = target.abi == phone.abis[0]
+    return () if same else (f"the target's ABI is {target.abi}, the phone's {phone.abis[0]}",)
+
+
+def other_chip(phone: Phone, target: Target, allowed: bool) -> str:
+    """How the phone's chip is not the target's, or "". Raises InvalidInput for that unless it is ``allowed``: figures
+    of one chip must not pass for those of another."""
     if target.soc is None:
-        return tuple(found)
+        return ""
     known = {plain(name) for name in (target.name, target.soc.name, *target.aliases)}
-    if not phone.soc:
-        found.append(f"the bundle is for {target.soc.name}, the phone does not say what it has")
-    elif plain(phone.soc) not in known:
-        why = f"the bundle is for {target.soc.name}, the phone has {phone.soc}"
-        if compiled:
-            raise InvalidInput(f"{why} -> export with --target {phone.soc}, or bench another artifact")
-        found.append(why)
-    return tuple(found)
+    if plain(phone.soc) in known:
+        return ""
+    found = f"has {phone.soc}" if phone.soc else "does not say what it has"
+    why = f"the bundle is for {target.soc.name}, the phone {found}"
+    if not allowed:
+        remedy = f"export with --target {phone.soc or 'CHIP'}, or run it all the same with --any-chip"
+        raise InvalidInput(f"{why} -> {remedy}")
+    return why
 
 
 def wrong_machine(file: Path, machines: Sequence[str]) -> str:

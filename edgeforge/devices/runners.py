@@ -17,17 +17,19 @@ from edgeforge.ir.types import NUMPY, TensorType
 
 #: Longest silence of the phone, in seconds: while a runner works, and otherwise.
 RUN_S, ANSWER_S = 600, 30
+PERF_TEST = "onnxruntime_perf_test"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """latency_us: every timed inference; outputs: codes of every golden sample, None where the runner keeps none."""
+    """latency_us: every timed inference; outputs: codes of every golden sample, None where the runner keeps none (then
+    ``unchecked`` says why)."""
 
     latency_us: tuple[float, ...]
     load_ms: float | None = None
     peak_memory_mb: float | None = None
     outputs: Mapping[str, np.ndarray] | None = None
-    notes: tuple[str, ...] = ()
+    unchecked: str = ""
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ class OnnxPerfTest:
     """onnxruntime_perf_test: the model and its test_data_set_0 in one folder; one line per inference in its result
     file. It keeps no outputs."""
 
-    artifact, summary, on_npu = "onnx_qdq", "onnxruntime_perf_test, CPU", False
+    artifact, summary, on_npu = "onnx_qdq", f"{PERF_TEST}, CPU", False
     tools = ("onnx",)
 
     def run(self, run: Run) -> Measured:
@@ -154,9 +156,7 @@ class OnnxPerfTest:
         latencies, peak_mb = perf_times(run.shell("cat times.csv"), run.warmup, run.repeats)
         loaded = re.search(r"Session creation time cost: ?([\d.e+-]+) s", log)
         load_ms = float(loaded[1]) * 1e3 if loaded else None
-        return Measured(
-            latencies, load_ms, peak_mb, notes=("golden vectors not compared: the runner keeps no outputs",)
-        )
+        return Measured(latencies, load_ms, peak_mb, unchecked=f"{PERF_TEST} keeps no outputs to compare")
 
 
 #: Runners by what their file's name contains; any other is an executor_runner.
