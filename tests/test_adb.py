@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -31,35 +30,6 @@ SOURCE = Path(__file__).with_name("executor_runner.cpp")
 LIBRARIES = ("", "_backend_xnnpack", "_kernels_optimized", "_kernels_quantized", "_threadpool")
 #: An unpacked wheel of ExecuTorch for aarch64: with it, a cross compiler and qemu the Arm side is run as well.
 ARM = os.environ.get("EDGEFORGE_AARCH64_EXECUTORCH", "")
-
-
-@pytest.fixture(scope="module")
-def server():
-    """An adb server of our own, on a free port."""
-    try:
-        program = adbutils.adb_path()
-    except (OSError, RuntimeError):
-        pytest.skip("no adb program")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    patched = pytest.MonkeyPatch()
-    patched.setenv("ANDROID_ADB_SERVER_PORT", str(port))
-    subprocess.run([program, "-P", str(port), "start-server"], check=True, capture_output=True, timeout=60)
-    yield port
-    subprocess.run([program, "-P", str(port), "kill-server"], check=False, capture_output=True, timeout=60)
-    patched.undo()
-
-
-@pytest.fixture
-def phone(server, tmp_path):
-    (tmp_path / "phone").mkdir()
-    made = Phone(tmp_path / "phone")
-    client = adbutils.AdbClient()
-    assert "connected to" in client.connect(made.serial, timeout=10)
-    client.wait_for(made.serial, timeout=10)
-    yield made
-    client.disconnect(made.serial)
-    made.close()
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +273,7 @@ def test_a_program_for_another_machine_is_refused_before_it_is_pushed(run, phone
     assert phone.pushed == []
 
 
-def test_the_phone_is_named_when_there_are_several_or_none(run, phone, server, bundle, runner, tmp_path):
+def test_the_phone_is_named_when_there_are_several_or_none(run, phone, bundle, runner, tmp_path):
     with pytest.raises(Failed, match="not connected"):
         run(*words(bundle, runner, "--serial", "R5CT"))
     (tmp_path / "other").mkdir()

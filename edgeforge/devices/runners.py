@@ -13,6 +13,7 @@ import numpy as np
 from edgeforge.backends.executorch_xnnpack import entering, leaving
 from edgeforge.bundle import Bundle
 from edgeforge.errors import BackendFailed, InvalidInput
+from edgeforge.ir.graph import Graph
 from edgeforge.ir.types import NUMPY, TensorType
 
 #: Longest silence of the phone, in seconds: while a runner works, and otherwise.
@@ -53,28 +54,39 @@ class Run:
 
     def get(self, name: str, kind: TensorType, dtype: np.dtype) -> np.ndarray:
         """An output file as an array. Raises BackendFailed when it has another size."""
-        data, want = self.device.sync.read_bytes(f"{self.folder}/{name}"), kind.size * dtype.itemsize
-        if len(data) != want:
-            raise BackendFailed(f"the runner wrote {len(data)} bytes to {name}, not {want} -> is it this bundle's?")
-        return np.frombuffer(data, dtype).reshape(kind.shape)
+        return read_codes(self.device, f"{self.folder}/{name}", kind, dtype)
 
     def samples(self) -> list[list[np.ndarray]]:
-        """The inputs' golden codes, sample by sample; a shorter input repeats its last."""
-        graph, codes = self.bundle.graph, self.bundle.golden_part("input")
-        sizes = {name: graph.type(name).shape[0] for name in graph.inputs}
-        counts = {name: len(codes[name]) // sizes[name] for name in graph.inputs}
-        starts = [{name: min(i, counts[name] - 1) * sizes[name] for name in sizes} for i in range(max(counts.values()))]
-        return [[codes[name][at : at + sizes[name]] for name, at in start.items()] for start in starts]
+        """The inputs' golden codes, sample by sample."""
+        return samples(self.bundle.graph, self.bundle.golden_part("input"), self.bundle.graph.inputs)
 
     def types(self, names: Sequence[str]) -> list[TensorType]:
         return [self.bundle.graph.type(name) for name in names]
 
-    def joined(self, samples: Sequence[Sequence[np.ndarray]]) -> dict[str, np.ndarray]:
-        """Outputs of every sample, as golden vectors are."""
-        return {
-            name: np.concatenate(pieces)
-            for name, pieces in zip(self.bundle.graph.outputs, zip(*samples, strict=True), strict=True)
-        }
+    def joined(self, found: Sequence[Sequence[np.ndarray]]) -> dict[str, np.ndarray]:
+        return joined(self.bundle.graph, found)
+
+
+def samples(graph: Graph, codes: Mapping[str, np.ndarray], names: Sequence[str]) -> list[list[np.ndarray]]:
+    """Golden codes of inputs or outputs, sample by sample; a shorter one repeats its last."""
+    sizes = {name: graph.type(name).shape[0] for name in names}
+    counts = {name: len(codes[name]) // sizes[name] for name in names}
+    starts = [{name: min(i, counts[name] - 1) * sizes[name] for name in names} for i in range(max(counts.values()))]
+    return [[codes[name][at : at + sizes[name]] for name, at in start.items()] for start in starts]
+
+
+def joined(graph: Graph, found: Sequence[Sequence[np.ndarray]]) -> dict[str, np.ndarray]:
+    """Outputs of every sample, as golden vectors are."""
+    pieces = zip(graph.outputs, zip(*found, strict=True), strict=True)
+    return {name: np.concatenate(arrays) for name, arrays in pieces}
+
+
+def read_codes(device: Any, path: str, kind: TensorType, dtype: np.dtype) -> np.ndarray:
+    """A file on the phone as an array of ``kind``. Raises BackendFailed when it has another size."""
+    data, want = device.sync.read_bytes(path), kind.size * dtype.itemsize
+    if len(data) != want:
+        raise BackendFailed(f"{path} has {len(data)} bytes, not {want} -> is it this bundle's?")
+    return np.frombuffer(data, dtype).reshape(kind.shape)
 
 
 class Executor:
