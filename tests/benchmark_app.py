@@ -51,7 +51,7 @@ for s in range(int(read["samples"])):
         equal, count, worst = equal + int((far == 0).sum()), count + far.size, max(worst, int(far.max()))
         where = where or (label if far.any() else "")
 times = []
-for n in range(int(read["warmup"]) + int(read["repeats"])):
+for _ in range(int(read["warmup"]) + int(read["repeats"])):
     start = time.perf_counter()
     session.run(None, feeds)
     times.append((time.perf_counter() - start) * 1e6)
