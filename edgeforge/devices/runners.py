@@ -127,7 +127,7 @@ class QnnExecutor:
         graph, lines = run.bundle.graph, []
         for s, sample in enumerate(run.samples()):
             for i, codes in enumerate(sample):
-                run.put(f"in{s}-{i}.bin", _narrow(codes).tobytes())
+                run.put(f"in{s}-{i}.bin", narrow(codes).tobytes())
             lines.append(" ".join(f"in{s}-{i}.bin" for i in range(len(sample))))
         timed = lines[:1] * (run.warmup + run.repeats)
         run.put("inputs.txt", "".join(f"{line}\n" for line in lines + timed).encode())
@@ -143,7 +143,7 @@ class QnnExecutor:
 
     def _output(self, run: Run, name: str, kind: TensorType) -> np.ndarray:
         codes = np.dtype(NUMPY[kind.dtype])
-        return run.get(name, kind, _narrow(np.empty(0, codes)).dtype).astype(codes)
+        return run.get(name, kind, narrow(np.empty(0, codes)).dtype).astype(codes)
 
 
 class OnnxPerfTest:
@@ -223,8 +223,8 @@ def _timeless(kind: str, text: str) -> BackendFailed:
     return BackendFailed(f"the runner said too little about time -> is it {kind}?\n{tail(text)}")
 
 
-def _narrow(codes: np.ndarray) -> np.ndarray:
-    """Codes as a program for HTP takes them: ids as int32."""
+def narrow(codes: np.ndarray) -> np.ndarray:
+    """Codes as the NPU takes them: ids as int32."""
     return codes.astype(np.int32) if codes.dtype == np.int64 else codes
 
 
