@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -101,6 +102,18 @@ def created_once() -> Iterator[None]:
         yield
     finally:
         session.MAX_RETRIES = kept
+
+
+@contextlib.contextmanager
+def tidied() -> Iterator[None]:
+    """The client's temporary files go with the block: it leaves one per download, and those of failed transfers."""
+    kept = tempfile.tempdir
+    with tempfile.TemporaryDirectory(prefix="edgeforge-") as folder:
+        tempfile.tempdir = folder
+        try:
+            yield
+        finally:
+            tempfile.tempdir = kept
 
 
 def plain(text: str) -> str:

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from edgeforge.bundle import Bundle
-from edgeforge.devices._hub_client import VERSION, Passing, Refused, asked, created_once, open_client, plain
+from edgeforge.devices._hub_client import VERSION, Passing, Refused, asked, created_once, open_client, plain, tidied
 from edgeforge.devices.golden import compare
 from edgeforge.devices.host import new_run_id, now
 from edgeforge.devices.journal import Journal
@@ -105,7 +105,7 @@ def bench(
     uploads = plan(bundle, artifacts, compile_only)
     run = _Run(bundle, store, uploads, devices or (bundle.target.name,), compile_only, patience, say)
     # The client prints; stdout is for the results.
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), tidied():
         return run.finish()
 
 
