@@ -127,9 +127,11 @@ def run(
         waiting = {pool.submit(run_trial, trial, place): name for name, trial in found.items() if name not in kept}
         for finished in as_completed(waiting):
             name = waiting[finished]
-            # A worker that died wrote no trial.json: the next run tries its trial again.
-            lost = finished.exception()
-            results[name] = finished.result() if lost is None else found[name].ended("failed", f"worker lost: {lost}")
+            if (lost := finished.exception()) is None:
+                results[name] = finished.result()
+            else:  # no trial.json was written: the next run tries the trial again
+                why = (str(lost).strip().splitlines() or [type(lost).__name__])[-1]
+                results[name] = found[name].ended("failed", f"worker lost: {why}")
             say(f"{name}: {results[name]['status']}")
     return [results[name] for name in found]
 
