@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -179,7 +180,7 @@ def _ray(address: str) -> Iterator[Executor]:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself tries for minutes
-        ray.init(address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError) as error:
         raise InvalidInput(f"no Ray cluster answers at {address}: {error} -> ray start --head") from None
     try:
