@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -127,9 +128,11 @@ def run(
         waiting = {pool.submit(run_trial, trial, place): name for name, trial in found.items() if name not in kept}
         for finished in as_completed(waiting):
             name = waiting[finished]
-            # A worker that died wrote no trial.json: the next run tries its trial again.
-            lost = finished.exception()
-            results[name] = finished.result() if lost is None else found[name].ended("failed", f"worker lost: {lost}")
+            if (lost := finished.exception()) is None:
+                results[name] = finished.result()
+            else:  # no trial.json was written: the next run tries the trial again
+                why = (str(lost).strip().splitlines() or [type(lost).__name__])[-1]
+                results[name] = found[name].ended("failed", f"worker lost: {why}")
             say(f"{name}: {results[name]['status']}")
     return [results[name] for name in found]
 
@@ -177,7 +180,7 @@ def _ray(address: str) -> Iterator[Executor]:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself tries for minutes
-        ray.init(address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError) as error:
         raise InvalidInput(f"no Ray cluster answers at {address}: {error} -> ray start --head") from None
     try:

@@ -98,7 +98,8 @@ def ray_cluster(monkeypatch):
     from ray.cluster_utils import Cluster
 
     with tempfile.TemporaryDirectory(prefix="ray") as place:  # a short path: it holds sockets
-        cluster = Cluster(True, head_node_args={"num_cpus": 1, "include_dashboard": False, "temp_dir": place})
+        monkeypatch.setenv("RAY_TMPDIR", place)
+        cluster = Cluster(True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         cluster.add_node(num_cpus=1)
         yield cluster
         cluster.shutdown()

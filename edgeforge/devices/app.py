@@ -55,6 +55,8 @@ def bench(
     with adb.reported():
         device, phone, unlike = adb.connected(bundle.target, serial, any_chip, say)
         _check_installed(device)
+        old = f"find {HOME}/requests {HOME}/results -mindepth 1 -maxdepth 1 -mtime +0"
+        device.shell2(f"{old} -exec rm -rf {{}} +", timeout=ANSWER_S)  # of runs whose phone went away
         run_id, wanted = new_run_id(), expected(bundle, ARTIFACT)
         asked, made = f"{HOME}/requests/{run_id}", f"{HOME}/results/{run_id}"
         try:
@@ -69,7 +71,7 @@ def bench(
             _await(device, made, say, patience)
             text, outputs = _result(device, made), _outputs(device, made, bundle)
         finally:
-            device.shell2(f"rm -rf {asked} {made}", timeout=ANSWER_S)
+            device.shell2(f"am force-stop {PACKAGE}; rm -rf {asked} {made}", timeout=ANSWER_S)
     found = parse_result(text, f"{phone.serial}:{made}/result.json")
     if (found.run_id, found.bundle_sha256, found.artifact) != (run_id, bundle_hash(bundle.path), ARTIFACT):
         raise BackendFailed(f"the app's result is of another run, {found.run_id} -> install the app of this EdgeForge")

@@ -96,8 +96,8 @@ class Golden(Closed):
 class DeviceResult(Closed):
     """One artifact of one bundle on one device. ``bundle_sha256``: of the bundle's manifest.json, which holds the
     hashes of all its files. part: which graph of a language model. latency_us: every timed inference, in order.
-    memory_mb: (milliseconds since the start of the run, resident MB). ``flags``: written by `edgeforge ingest`,
-    whatever a file says."""
+    memory_mb: (milliseconds since the start of the run, resident MB). first_token_ms: of a prompt of one chunk.
+    ``flags``: written by `edgeforge ingest`, whatever a file says."""
 
     schema_: Literal["edgeforge.device_result/1"] = Field(default=SCHEMA, alias="schema")
     source: Literal["device-hosted", "device-usb", "device-app", "host", "emulated", "loopback"]
