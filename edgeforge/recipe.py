@@ -78,10 +78,13 @@ class TextData(Closed):
 
 
 class Shape(Closed):
-    """The static shape of a language model: positions (its cache holds them), and tokens per prefill step."""
+    """The static shape of a language model: positions (its cache holds them), and tokens per prefill step.
+    ``shared_context``: artifacts for Hexagon come a second time, both graphs in one context binary with their weights
+    once; the emulator does not load that."""
 
     context: int = Field(512, ge=2)
     chunk: int = Field(32, ge=1)
+    shared_context: bool = False
 
 
 class Smooth(Closed):

@@ -20,6 +20,9 @@ from edgeforge.ir.rules.htp_norm import narrow_gain
 from edgeforge.ir.types import RANGE, QParams, TensorType, Value
 from edgeforge.target import Target
 
+#: QNN 2.49: "API or feature is not supported by implementation" (error 1000) when such a context is created here.
+NOT_RUN = "has not run: the x86-64 emulator loads no context binary that shares weights between graphs"
+
 
 class Editor:
     """A graph under change: new nodes in order, values by name, and the list of what was changed."""

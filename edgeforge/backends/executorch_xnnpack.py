@@ -6,7 +6,7 @@ these run in float between a dequantize and a quantize, and are listed."""
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -67,12 +67,19 @@ class ExecutorchXnnpack:
         return reasons
 
     def compile(self, graph: Graph, target: Target, folder: Path) -> Artifact:
+        return self.compile_together({"": graph}, target, folder, False)
+
+    def compile_together(self, graphs: Mapping[str, Graph], target: Target, folder: Path, shared: bool) -> Artifact:
+        """One program with a method of each graph's part; constants of equal bytes are in it once."""
         with _quiet(self.name):
-            (folder / MODEL).write_bytes(_lower(graph))
-        # A graph can lower and then fail at load: run it once.
-        first = {name: np.zeros(graph.type(name).shape, NUMPY[graph.type(name).dtype]) for name in graph.inputs}
-        self.run(folder, graph, target, first)
-        return Artifact((MODEL,), edits=_edits(graph), islands=islands(graph))
+            (folder / MODEL).write_bytes(_lower({part or "forward": graph for part, graph in graphs.items()}))
+        for part, graph in graphs.items():
+            # A graph can lower and then fail at load: run it once.
+            first = {name: np.zeros(graph.type(name).shape, NUMPY[graph.type(name).dtype]) for name in graph.inputs}
+            self.run(folder / part, graph, target, first)
+        edits = tuple(dict.fromkeys(edit for graph in graphs.values() for edit in _edits(graph)))
+        floats = tuple(dict.fromkeys(name for graph in graphs.values() for name in islands(graph)))
+        return Artifact((MODEL,), edits=edits, islands=floats)
 
     def run(self, folder: Path, graph: Graph, target: Target, feeds: Codes) -> dict[str, np.ndarray]:
         sizes = {name: graph.type(name).shape[0] for name in graph.inputs}
@@ -88,8 +95,9 @@ class ExecutorchXnnpack:
             if threads is not None:
                 _unsafe_reset_threadpool(threads)
             # The program must outlive its method: the runtime keeps no reference.
-            program = Runtime.get().load_program((folder / MODEL).read_bytes())
-            method = program.load_method("forward")
+            file, name = method_in(folder)
+            program = Runtime.get().load_program(file.read_bytes())
+            method = program.load_method(name)
 
         def step(piece: Codes) -> dict[str, np.ndarray]:
             # Not under `_quiet`: that takes longer than a small model, and benchmarks time this.
@@ -103,17 +111,26 @@ class ExecutorchXnnpack:
         yield step
 
 
-def _lower(graph: Graph) -> bytes:
+def method_in(folder: Path) -> tuple[Path, str]:
+    """The program of an artifact's folder and its method there: the one of a program in it, or, of a program beside
+    it, the one with the folder's name."""
+    own = folder / MODEL
+    return (own, "forward") if own.is_file() else (folder.parent / MODEL, folder.name)
+
+
+def _lower(graphs: Mapping[str, Graph]) -> bytes:
+    """A program with a method for each graph."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
     from torch.export import export
 
     from edgeforge.dialects.pt2e import SignedModule, example_inputs
 
-    module = SignedModule(graph).eval()
-    program = export(module, example_inputs(module), strict=False)
+    modules = {method: SignedModule(graph).eval() for method, graph in graphs.items()}
+    programs = {method: export(module, example_inputs(module), strict=False) for method, module in modules.items()}
+    partitioners = {method: [XnnpackPartitioner()] for method in graphs}
     config = EdgeCompileConfig(_check_ir_validity=False)
-    edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], compile_config=config)
+    edge = to_edge_transform_and_lower(programs, partitioner=partitioners, compile_config=config)
     return edge.to_executorch().buffer
 
 
