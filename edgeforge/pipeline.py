@@ -77,6 +77,8 @@ def quantize(model: Model, recipe: Recipe, target: Target, data: Dataset, requan
 
     Raises Unsupported with every node (or kept encoding) that the target cannot run as asked."""
     graph = model.imported.graph
+    if Precision(recipe.precision).dynamic:
+        raise InvalidInput(f"{recipe.precision} is offered for language models with a cache -> --precision w4a8")
     if model.imported.encodings and not requantize:
         return convert(graph, plan_from(model.imported, recipe, target), target)
     samples = data.head(recipe.calibration.samples)
@@ -131,8 +133,7 @@ def lower(
     for name in names or target.backends:
         chosen = backends.backend(name)
         reason = chosen.missing() if name in target.backends else f"{target.name} does not offer it"
-        refusals = [] if reason else [r for graph in graphs.values() for r in chosen.refusals(graph, target)]
-        refusals = list(dict.fromkeys(refusals))
+        refusals = [] if reason else backends.refusals(chosen, graphs.values(), target)
         if names and (reason or refusals):
             if refusals:
                 raise Unsupported(f"{name} cannot take {next(iter(graphs.values())).name} as asked", refusals)
@@ -231,7 +232,8 @@ def _export_language(
     sequences, source = calibration_tokens(model, recipe, calibration)
     with writing(out) as folder:
         used = min(len(sequences), recipe.calibration.samples)
-        say(f"calibrating on {used} sequences of {source}")
+        if not Precision(recipe.precision).dynamic:
+            say(f"calibrating on {used} sequences of {source}")
         parts, notes = quantize_language(language, recipe, target, sequences)
         for note in notes:
             say(note)
@@ -245,6 +247,8 @@ def _export_language(
         shared = recipe.language.shared_context
         records = lower(graphs, target, backend_names, folder / "artifacts", say, shared)
         how = f"{used} sequences of {source}, {recipe.calibration.method}"
+        if Precision(recipe.precision).dynamic:
+            how = "none, activations are rounded as they come"
         described = {
             "notes": notes,
             "language": record,
@@ -316,8 +320,8 @@ def golden_vectors(float_graph: Graph, graph: Graph, data: Dataset) -> dict[str,
 def figures(graph: Graph, golden: Mapping[str, np.ndarray], target: Target) -> tuple[FigureRecord, ...]:
     """Size of the constants, and per output the simulator's signal-to-noise ratio against the float model."""
     size = sum(value.type.nbytes for value in graph.constants())
-    found = [FigureRecord(name="constants", value=size, unit="bytes", kind="counted", source="the integer graph")]
-    source = f"golden samples, rounding rules of {target.numerics}"
+    found = [FigureRecord(name="constants", value=size, unit="bytes", kind="counted", source="the graph")]
+    source = f"golden samples, rounding rules of {target.numerics if graph.level == 'integer' else 'float arithmetic'}"
     for name, real in dequantize_outputs(graph, {n: golden[f"output/{n}"] for n in graph.outputs}).items():
         sqnr = sqnr_db(golden[f"float/{name}"], real)
         if sqnr is not None:

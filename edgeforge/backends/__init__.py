@@ -50,12 +50,14 @@ class Artifact:
 
 class Backend(Protocol):
     """``numerics``: the profile of its runtime (fixed.PROFILES), or "" for the target's own. ``source``: what
-    runs here, as every figure says it; ``timed``: whether its time is worth knowing (an emulator's is not)."""
+    runs here, as every figure says it; ``timed``: whether its time is worth knowing (an emulator's is not);
+    ``dynamic``: whether it takes linears that round their input as it comes."""
 
     name: str
     numerics: str
     source: str
     timed: bool
+    dynamic: bool
     summary: str
 
     def missing(self) -> str:
@@ -84,6 +86,18 @@ class Backend(Protocol):
         """The artifact, loaded once for many runs. threads: None is the runtime's own choice; emulators take no notice
         of it."""
         ...
+
+
+def refusals(chosen: Backend, graphs: Iterable[Graph], target: Target) -> list[Reason]:
+    """Everything in the graphs that the backend cannot take; what they have in common once."""
+    found = []
+    for graph in graphs:
+        if not chosen.dynamic:
+            why, remedy = f"{chosen.name} takes static encodings only", "export at w8a8 or w4a16-b32"
+            dynamic = (node for node in graph.nodes if "dynamic" in node.attrs)
+            found += [Reason(node.source or node.output, node.op, why, remedy) for node in dynamic]
+        found += chosen.refusals(graph, target) if not found else []
+    return list(dict.fromkeys(found))
 
 
 @runtime_checkable

@@ -33,7 +33,7 @@ WORKER = "edgeforge.backends._executorch_qnn_worker"
 class ExecutorchQnn:
     name = "executorch_qnn"
     numerics = ""
-    source, timed = HTP_EMULATOR, False
+    source, timed, dynamic = HTP_EMULATOR, False, False
     summary = "ExecuTorch program with a context binary for the Hexagon NPU; runs on Qualcomm's HTP emulator"
 
     def missing(self) -> str:

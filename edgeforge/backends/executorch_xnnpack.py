@@ -43,7 +43,7 @@ def wrong_executorch() -> str:
 class ExecutorchXnnpack:
     name = "executorch_xnnpack"
     numerics = "xnnpack"
-    source, timed = HOST, True
+    source, timed, dynamic = HOST, True, True
     summary = "ExecuTorch program with XNNPACK's int8 kernels; what has none is a float island"
 
     def missing(self) -> str:
@@ -58,6 +58,8 @@ class ExecutorchXnnpack:
         reasons = []
         for node in layers:
             where, q = node.source or node.output, graph.type(node.inputs[1]).q
+            if "dynamic" in node.attrs:
+                continue
             if q is not None and q.block is not None:
                 reasons.append(Reason(where, node.op, "block-wise weights do not lower to XNNPACK", "export at w4a8"))
             elif wide:
@@ -135,17 +137,22 @@ def _lower(graphs: Mapping[str, Graph]) -> bytes:
 
 
 def islands(graph: Graph) -> tuple[str, ...]:
-    """Nodes that compute in float: without an 8-bit kernel, or with a 16-bit value among their activations."""
+    """Nodes that compute in float: without an 8-bit kernel, with a 16-bit value among their activations, or, of a
+    graph with dynamic linears, all others."""
     return tuple(node.output for node in graph.nodes if _in_float(graph, node))
 
 
 def _in_float(graph: Graph, node: Node) -> bool:
+    if graph.level == "float":
+        return "dynamic" not in node.attrs
     wide = any(graph.type(name).dtype == "u16" for name in (*node.inputs, node.output))
     pooled = node.op == "reduce_mean" and not (node.attrs["keepdims"] and tuple(node.attrs["axes"]) == (2, 3))
     return wide or pooled or (OPS[node.op].numerics != "move" and node.op not in INTEGER)
 
 
 def _edits(graph: Graph) -> tuple[Edit, ...]:
+    if graph.level == "float":
+        return ()
     edits = [
         Edit("activations", "codes - 128, int8", "XNNPACK computes on signed codes; the real values are the same"),
         Edit("biases", "float32 constants", "XNNPACK takes its biases as floats"),

@@ -36,7 +36,7 @@ OPTIONS = {"htp_graph_finalization_optimization_mode": "3"}
 class OrtQnn:
     name = "ort_qnn"
     numerics = ""
-    source, timed = HTP_EMULATOR, False
+    source, timed, dynamic = HTP_EMULATOR, False, False
     summary = "context binary for the Hexagon NPU; runs on Qualcomm's HTP emulator (x86-64 Linux)"
 
     def missing(self) -> str:

@@ -61,8 +61,8 @@ def bundle_readme(target: Target, fields: dict[str, Any]) -> str:
             lines.append(f"  runs in float there: {len(record.islands)} node(s), listed in manifest.json")
         lines.append("")
     lines += [
-        "Inputs and outputs are integer codes; manifest.json gives scale and zero point of each.",
-        "golden.safetensors holds inputs, float outputs and the simulator's integers to compare with.",
+        "manifest.json gives the type of each input and output, of integer codes also scale and zero point.",
+        "golden.safetensors holds inputs, float outputs and the simulator's outputs to compare with.",
         "Everything here was compiled and emulated on a workstation; nothing has run on a phone.",
     ]
     return "\n".join(lines) + "\n"
@@ -86,7 +86,7 @@ def quantization_report(graph: Graph, fields: dict[str, Any]) -> str:
         f"# {fields['model']}: {fields['precision']} for {fields['target']}",
         "",
         f"Calibration: {fields['calibration']}{'' if fields['calibrated'] else ' (**uncalibrated**)'}. "
-        f"{len(graph.nodes)} integer nodes, graph `{fields['graph_hash'][:16]}`.",
+        f"{len(graph.nodes)} nodes, {graph.level} graph `{fields['graph_hash'][:16]}`.",
         "",
         *(f"- {f.name}: {f.value:.6g} {f.unit} ({f.kind}; {f.source})" for f in fields["figures"]),
         "",
