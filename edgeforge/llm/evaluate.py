@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 #: Sequences of equal length that run together where the engine takes batches.
 BATCH = 8
 
+#: Added to the protocol where artifacts are scored.
+ARTIFACTS = "; artifacts run with a prefill graph that keeps the logits of every token"
+
 #: Token ids [B, N] -> log-probabilities [B, N - 1] of each token behind the first.
 Scorer = Callable[[np.ndarray], np.ndarray]
 
