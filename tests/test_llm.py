@@ -356,7 +356,8 @@ def test_padding_the_mlp_keeps_the_function():
     np.testing.assert_allclose(float_scorer(wide, 8)(ids), float_scorer(plain, 8)(ids), atol=1e-5)
 
 
-def test_a_child_that_dies_becomes_an_error_with_its_log(tmp_path):
+def test_a_child_that_dies_becomes_an_error_with_its_log(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # the log stays
     from edgeforge.backends._child import served
 
     with (

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +24,8 @@ from edgeforge.target import Target
 
 #: Longest one batch may take, in seconds.
 TIMEOUT_S = 600
+#: Most data that it may hold, in bytes: HTP's compiler never ends on a few small graphs and takes all memory there is.
+MEMORY = 4 << 30
 #: What compilers raise to refuse a graph; anything else ends the child with its traceback in the log.
 REFUSALS = (BackendFailed, RuntimeError, ValueError, TypeError, AssertionError, LookupError)
 
@@ -32,7 +36,7 @@ class Child:
     def __init__(self, name: str, target: Target):
         self.name, self.target = name, target
         self.process: Any = None
-        self.log = new_log(f"conformance-{name}")
+        self._left = ExitStack()
 
     def run(self, graph: Graph, feeds: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
         """Output codes, and the nodes that ran in float. Raises BackendFailed when the runtime refuses or dies."""
@@ -70,11 +74,12 @@ class Child:
             self.process = None
 
     def __enter__(self) -> Child:
+        self.log = self._left.enter_context(new_log(f"conformance-{self.name}"))
+        self._left.callback(self.stop)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.stop()
-        self.log.unlink()
+        self._left.__exit__(kind, error, at)
 
 
 def _serve(pipe: Connection, name: str, target: Target, log: Path) -> None:
@@ -82,6 +87,7 @@ def _serve(pipe: Connection, name: str, target: Target, log: Path) -> None:
     stream = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     chosen = backend(name)
     while True:
         try:
