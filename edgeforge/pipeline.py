@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,16 @@ from typing import Any
 import numpy as np
 
 from edgeforge import __version__, backends
-from edgeforge.backends import Artifact
+from edgeforge.backends import Artifact, Backend
 from edgeforge.bundle import (
+    CORE,
     BackendRecord,
     Bundle,
     EditRecord,
     FigureRecord,
     load_bundle,
     port,
+    read_core,
     write_core,
     write_manifest,
     writing,
@@ -25,7 +28,7 @@ from edgeforge.compress import compress
 from edgeforge.data import Dataset, load_data
 from edgeforge.errors import InvalidInput, Reason, Unsupported
 from edgeforge.ir.graph import Graph
-from edgeforge.llm.export import calibration_tokens, describe, golden_steps
+from edgeforge.llm.export import TEMPLATE, TOKENIZER, calibration_tokens, describe, golden_steps
 from edgeforge.llm.quantize import quantize_language
 from edgeforge.measured import measure
 from edgeforge.models import Model, call, load_model
@@ -41,6 +44,7 @@ from edgeforge.recipe import Precision, Recipe
 from edgeforge.report.text import bundle_readme, quantization_report
 from edgeforge.sim.evaluate import dequantize_outputs, quantize_feeds, run_float, simulate
 from edgeforge.sim.parity import sqnr_db
+from edgeforge.steps import Step, at_once, resumable
 from edgeforge.target import Target, load_target, read_yaml
 
 #: Samples whose codes and results a bundle keeps.
@@ -116,9 +120,16 @@ class _Batches:
 
 
 def lower(
-    graph: Graph, target: Target, names: Sequence[str], folder: Path, say: Progress, part: str = ""
+    graph: Graph,
+    target: Target,
+    names: Sequence[str],
+    folder: Path,
+    say: Progress,
+    part: str = "",
+    step: Step = at_once,
 ) -> dict[str, BackendRecord]:
-    """Compile ``graph`` for each backend into ``folder/<name>/<part>``; what cannot be built is recorded and why.
+    """Compile ``graph`` for each backend into ``folder/artifacts/<name>/<part>``, each a step; what cannot be built is
+    recorded and why.
 
     Raises Unsupported when a backend that was asked for by name refuses the graph (empty ``names``: the target's)."""
     records = {}
@@ -135,12 +146,19 @@ def lower(
             records[name] = BackendRecord(status="skipped", reason=text)
             say(f"{name}: skipped ({text})")
             continue
-        say(f"{name}: compiling {part}".rstrip())
-        place = folder / name / part
-        place.mkdir(parents=True)
-        records[name] = _record(f"{name}/{part}".rstrip("/"), chosen.compile(graph, target, place))
-        if not any(place.iterdir()):
-            place.rmdir()
+        where = f"{name}/{part}".rstrip("/")
+
+        def compiled(chosen: Backend = chosen, where: str = where) -> dict[str, Any]:
+            say(f"{chosen.name}: compiling {part}".rstrip())
+            place = folder / "artifacts" / where
+            place.mkdir(parents=True)
+            record = _record(where, chosen.compile(graph, target, place))
+            if not any(place.iterdir()):
+                place.rmdir()
+            return record.model_dump(mode="json")
+
+        made = step(where.replace("/", "-"), compiled, f"artifacts/{where}")
+        records[name] = BackendRecord.model_validate(made)
     return records
 
 
@@ -200,7 +218,7 @@ def export(
         golden = golden_vectors(model.imported.graph, graph, data)
         write_core(folder, graph, recipe, target, golden)
         _keep_tokenizer(recipe, base, folder)
-        records = lower(graph, target, backend_names, folder / "artifacts", say)
+        records = lower(graph, target, backend_names, folder, say)
         how = f"{used} samples of {data.name}, {recipe.calibration.method}"
         described = {"notes": notes, "backends": records, "figures": figures(graph, golden, target)}
         _finish(folder, model, graph, recipe, target, calibration, calibrated_on=how, **described)
@@ -220,28 +238,38 @@ def _export_language(
     language = model.language
     assert language is not None
     sequences, source = calibration_tokens(model, recipe, calibration)
-    with writing(out) as folder:
-        used = min(len(sequences), recipe.calibration.samples)
-        say(f"calibrating on {used} sequences of {source}")
-        parts, notes = quantize_language(language, recipe, target, sequences)
+    key = [__version__, language.hash(), *(m.model_dump_json() for m in (recipe, target)), sequences, [*backend_names]]
+    with resumable(out, hashlib.sha256(repr(key).encode()).hexdigest(), say) as step:
+        folder, used = step.folder, min(len(sequences), recipe.calibration.samples)
+
+        def core() -> tuple[str, ...]:
+            say(f"calibrating on {used} sequences of {source}")
+            parts, notes = quantize_language(language, recipe, target, sequences, step)
+            golden = golden_steps(language, recipe, parts, sequences[0])
+            write_core(folder, parts["decode"].graph, recipe, target, golden, parts["prefill"].graph)
+            return notes
+
+        notes = step("graphs", core, *CORE)
         for note in notes:
             say(note)
-        decode, prefill = parts["decode"].graph, parts["prefill"].graph
-        golden = golden_steps(language, recipe, parts, sequences[0])
-        own = {key: array for key, array in golden.items() if not key.startswith("prefill/")}
-        write_core(folder, decode, recipe, target, golden, prefill)
-        say("golden generation on the simulator")
-        record = describe(language, recipe, parts, sequences[0], folder)
-        made = [
-            lower(part.graph, target, backend_names, folder / "artifacts", say, name) for name, part in parts.items()
-        ]
-        how = f"{used} sequences of {source}, {recipe.calibration.method}"
+        decode, prefill, golden = read_core(folder)
+        graphs = {"prefill": prefill, "decode": decode}
+
+        def record() -> dict[str, Any]:
+            say("golden generation on the simulator")
+            return describe(language, recipe, graphs, sequences[0], folder).model_dump(mode="json")
+
         described = {
             "notes": notes,
-            "language": record,
+            "language": step("language", record, TOKENIZER, TEMPLATE),
+        }
+        made = [lower(graph, target, backend_names, folder, say, name, step) for name, graph in graphs.items()]
+        own = {key: array for key, array in golden.items() if not key.startswith("prefill/")}
+        described |= {
             "backends": {name: _joined(made[0][name], made[1][name]) for name in made[0]},
             "figures": figures(decode, own, target),
         }
+        how = f"{used} sequences of {source}, {recipe.calibration.method}"
         _finish(folder, model, decode, recipe, target, calibration, calibrated_on=how, **described)
     return load_bundle(out)
 

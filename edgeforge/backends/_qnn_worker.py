@@ -9,6 +9,7 @@ Exit code 0, or an exception on stderr; native aborts are seen by the parent."""
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -42,6 +43,10 @@ def compile_context(request: Mapping[str, Any]) -> None:
     options.add_session_config_entry("ep.context_enable", "1")
     options.add_session_config_entry("ep.context_file_path", request["context"])
     options.add_session_config_entry("ep.context_embed_mode", "0")
+    # The model is given as bytes; its large constants lie beside it.
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", os.path.dirname(request["model"])
+    )
     with open(request["model"], "rb") as stream:
         onnxruntime.InferenceSession(stream.read(), options)
 
