@@ -77,4 +77,7 @@ def resumable(out: Path, key: str, say: Callable[[str], None]) -> Iterator[Steps
     except (InvalidInput, Unsupported):
         shutil.rmtree(place)
         raise
+    except KeyboardInterrupt:
+        say(f"what is finished lies in {place}: the same export goes on from there")
+        raise
     shutil.rmtree(place)
