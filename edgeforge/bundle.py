@@ -28,6 +28,9 @@ from edgeforge.target import Closed, Target, read_yaml
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+#: Bytes of a file whose hash is remembered, by device, inode, size and time stamp.
+LARGE = 1 << 24
+_hashes: dict[tuple[int, ...], str] = {}
 #: What `write_core` writes.
 CORE = ("graph.txt", "prefill.txt", "graph.safetensors", "golden.safetensors", "recipe.yaml", "target.yaml")
 TOOLS = ("numpy", "torch", "onnx", "onnxruntime", "onnxruntime-qnn", "executorch", "torchao", "tosa-tools")
@@ -158,6 +161,17 @@ def tool_versions() -> dict[str, str]:
 
 
 def file_hash(path: Path) -> str:
+    """sha256; a large file is read once, as long as its time stamp stays."""
+    status = path.stat()
+    if status.st_size < LARGE:
+        return _file_hash(path)
+    key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    if key not in _hashes:
+        _hashes[key] = _file_hash(path)
+    return _hashes[key]
+
+
+def _file_hash(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

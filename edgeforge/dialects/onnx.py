@@ -14,6 +14,7 @@ from typing import IO, Any
 
 import numpy as np
 import onnx
+import torch
 from onnx import TensorProto, helper
 
 from edgeforge import __version__
@@ -189,7 +190,7 @@ class _Emitter:
             self.real[w] = self.two_levels(w, q, data)
         else:
             q = q if q.block is None else QParams(q.scale.T, 0, axis=0, block=q.block)
-            stored = self.initialize(f"{w}/transposed", kind.dtype, data.T)
+            stored = self.initialize(f"{w}/transposed", kind.dtype, transposed(data))
             moved = TensorType(kind.shape[::-1], kind.dtype, q)
             self.real[w] = self.dequantize(stored, w, moved, axis=0 if q.block is not None else 1)
         y = self("MatMul", x, w)
@@ -212,6 +213,11 @@ class _Emitter:
         self.add("DequantizeLinear", [f"{w}/multiples", f"{w}/step", f"{w}/step_zero"], joined, joined, axis=1)
         self.add("QuantizeLinear", [f"{w}/real", joined, f"{w}/zeros"], narrow, narrow, **blocks)
         return self.add("DequantizeLinear", [narrow, f"{w}/scales", f"{w}/zeros"], real, real, **blocks)
+
+
+def transposed(codes: np.ndarray) -> np.ndarray:
+    """[I, O] of codes [O, I], contiguous (torch goes through large ones tile by tile)."""
+    return torch.from_numpy(codes).t().contiguous().numpy()
 
 
 def to_onnx(graph: Graph, two_level: bool = False, apart: IO[bytes] | None = None) -> onnx.ModelProto:

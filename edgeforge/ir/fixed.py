@@ -116,7 +116,8 @@ def ceil_log2(s: Array) -> Array:
 def signed_sums(weights: Array) -> tuple[Array, Array]:
     """int64 [C]: the sums of the positive and of the negative weights [C, ...]."""
     w = weights.reshape(weights.shape[0], -1)
-    return np.maximum(w, 0).sum(1, dtype=np.int64), np.minimum(w, 0).sum(1, dtype=np.int64)
+    total, size = w.sum(1, dtype=np.int64), np.abs(w).sum(1, dtype=np.int64)
+    return (size + total) // 2, (total - size) // 2
 
 
 def dot_bound(sums: tuple[Array, Array], bias: Array | None, low: int, high: int) -> int:
