@@ -9,6 +9,7 @@ without pages that are mapped from files (the system can take those back) and on
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -211,25 +213,78 @@ def torch_job(folder: Path, layers: int) -> dict[str, Any]:
 
 
 def _timed(step: Callable[[int], int]) -> dict[str, Any]:
-    token, seconds = 1, []
-    for _ in range(WARM + STEPS):
+    token, seconds, processor = 1, [], 0.0
+    for i in range(WARM + STEPS):
+        if i == WARM:
+            processor = time.process_time()
         began = time.perf_counter()
         token = step(token)
         seconds.append(time.perf_counter() - began)
-    return {"tokens_per_second": STEPS / sum(seconds[WARM:]), "median_ms": float(np.median(seconds[WARM:])) * 1e3}
+    return {
+        "tokens_per_second": STEPS / sum(seconds[WARM:]),
+        "best_ms": min(seconds[WARM:]) * 1e3,
+        "processor_ms": (time.process_time() - processor) / STEPS * 1e3,
+    }
 
 
-#: Name -> what runs in the child, and how many layers it has (None: as asked).
-JOBS: dict[str, tuple[Callable[[Path, int], dict[str, Any]], int | None]] = {
-    "w8a8 simulator onnx_qdq": (export_job("w8a8", "simulator", "onnx_qdq"), None),
-    "w8a8 quantize_static": (static_job("QInt8", "QUInt8"), None),
-    "w4a16-b32 simulator onnx_qdq": (export_job("w4a16-b32", "simulator", "onnx_qdq"), None),
-    "w8a8 executorch_xnnpack": (export_job("w8a8", "executorch_xnnpack"), None),
-    "decode simulator": (simulator_job, None),
-    "decode torch": (torch_job, None),
-    "htp one layer": (htp_job, 1),
-    "htp": (htp_job, None),
+@dataclass(frozen=True)
+class Job:
+    """``run(folder, layers)`` in the child; ``kind``: the section of the page; ``layers``: where not as asked."""
+
+    kind: str
+    run: Callable[[Path, int], dict[str, Any]]
+    layers: int | None = None
+
+    def shown(self, made: dict[str, Any]) -> dict[str, str]:
+        """The job's own figures."""
+        if made["exit"] != 0:
+            return {}
+        if self.kind == "export":
+            return {"written GB": f"{made['bytes'] / 1e9:.2f}"}
+        if self.kind == "decode":
+            names = {"tokens_per_second": "tokens/s", "best_ms": "best ms", "processor_ms": "processor ms"}
+            return {text: f"{made[key]:.3g}" for key, text in names.items()}
+        equal = f"{made['equal']:,} of {made['integers']:,}"
+        seconds = f"{min(made['step_seconds']):.1f}"
+        return {"equal integers": equal, "step s": seconds, "context binary GB": f"{made['binary'] / 1e9:.2f}"}
+
+
+JOBS = {
+    "w8a8 simulator onnx_qdq": Job("export", export_job("w8a8", "simulator", "onnx_qdq")),
+    "w8a8 quantize_static": Job("export", static_job("QInt8", "QUInt8")),
+    "w4a16-b32 simulator onnx_qdq": Job("export", export_job("w4a16-b32", "simulator", "onnx_qdq")),
+    "w8a8 executorch_xnnpack": Job("export", export_job("w8a8", "executorch_xnnpack")),
+    "decode simulator": Job("decode", simulator_job),
+    "decode torch": Job("decode", torch_job),
+    "htp one layer": Job("htp", htp_job, 1),
+    "htp": Job("htp", htp_job),
 }
+
+#: Title, kind of job, and what is to be known about it.
+SECTIONS = (
+    (
+        "Export",
+        "export",
+        f"""\
+Ours makes two graphs (prefill and decode), golden steps and a golden generation, and checks the bundle that it wrote.
+*quantize_static* is ONNX Runtime's (QDQ, per channel, minimum and maximum), on the float prefill graph as torch exports
+it, calibrated on the same steps. A process that needs more than {MOST_BYTES / 1e9:.1f} GB is stopped.""",
+    ),
+    (
+        "Decode",
+        "decode",
+        f"""\
+One sequence, {STEPS} tokens behind {WARM} that prepare, w8a8, 2 threads. *simulator* computes Hexagon's integers;
+*torch* is the float32 module with a static cache. *best*: the fastest step; *processor*: both threads', per token.""",
+    ),
+    (
+        "Hexagon",
+        "htp",
+        """\
+Export with context binaries of both graphs (`ort_qnn`), then golden decode steps on Qualcomm's HTP emulator, compared
+with the simulator's integers. The peak includes Qualcomm's compiler.""",
+    ),
+)
 
 
 # ------------------------------------------------------------------------------------------------------------ watching
@@ -254,7 +309,7 @@ def memory(process: Path) -> tuple[int, int]:
 
 def watched(name: str, folder: Path, layers: int) -> dict[str, Any]:
     """Figures of one job in a child process."""
-    result = folder / "result.json"
+    result = figures_file(folder, name, layers).with_suffix(".result")
     result.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.export", str(folder), "--layers", str(layers), "--child", name]
     before, began, load = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter(), [os.getloadavg()[0]]
@@ -270,6 +325,7 @@ def watched(name: str, folder: Path, layers: int) -> dict[str, Any]:
         load.append(os.getloadavg()[0])
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
+        "job": name,
         "layers": layers,
         "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M}",
         "seconds": time.perf_counter() - began,
@@ -295,26 +351,83 @@ def main() -> None:
     folder, layers = arguments.folder, arguments.layers
     folder.mkdir(parents=True, exist_ok=True)
     if arguments.child:
-        arguments.result.write_text(json.dumps(JOBS[arguments.child][0](folder, layers)))
+        arguments.result.write_text(json.dumps(JOBS[arguments.child].run(folder, layers)))
         return
-    kept = folder / "figures.json"
-    figures: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
     for name in arguments.only or JOBS:
-        count = JOBS[name][1] or layers
-        if f"{name}/{count}" in figures:
+        count = JOBS[name].layers or layers
+        kept = figures_file(folder, name, count)
+        if kept.is_file():
             continue
         model_folder(folder, count)
         if "quantize_static" in name:
             float_onnx(folder, count)
-        figures[f"{name}/{count}"] = made = watched(name, folder, count)
-        kept.write_text(json.dumps(figures, indent=1))
-        print(name, json.dumps({k: v for k, v in made.items() if k != "stages"}), flush=True)
+        made = watched(name, folder, count)
+        kept.write_text(json.dumps(made, indent=1))
+        print(name, json.dumps({key: value for key, value in made.items() if key != "stages"}), flush=True)
     if arguments.write:
-        arguments.write.write_text(page(figures))
+        arguments.write.write_text(page(folder))
 
 
-def page(figures: dict[str, Any]) -> str:
-    return json.dumps(figures)
+def figures_file(folder: Path, name: str, layers: int) -> Path:
+    place = folder / "figures"
+    place.mkdir(exist_ok=True)
+    return place / f"{name.replace(' ', '-')}-{layers}.json"
+
+
+# ---------------------------------------------------------------------------------------------------------------- page
+
+
+INTRODUCTION = f"""\
+# A language model of Llama-3.2-1B's shape
+
+Written by `python -m benchmarks.export FOLDER --write docs/scale.md`: width 2048, MLP 8192, 32 heads on 8, vocabulary
+128,256, random weights (bfloat16 files of one layer each), target {TARGET}, context {CONTEXT}, prefill steps of {CHUNK}
+tokens, calibration on {SEQUENCES} sequences (minimum and maximum). Each row is a child process. *processor* sums the
+seconds of all threads and descendants, which other work on the machine changes little; *wall* is what passed, *load*
+the mean number of processes that wanted a core meanwhile. *peak* is the largest memory of the process tree without
+pages mapped from files, in GB and as a multiple of the float32 weights; *mapped* counts those too.
+"""
+
+
+def page(folder: Path) -> str:
+    found = {file: json.loads(file.read_text()) for file in sorted((folder / "figures").glob("*.json"))}
+    rows = [(name, job, made) for name, job in JOBS.items() for made in found.values() if made["job"] == name]
+    rows.sort(key=lambda row: (list(JOBS).index(row[0]), row[2]["layers"]))
+    lines = [INTRODUCTION, _machine(), ""]
+    for title, kind, note in SECTIONS:
+        chosen = [row for row in rows if row[1].kind == kind]
+        if not chosen:
+            continue
+        extra = list(dict.fromkeys(key for _, job, made in chosen for key in job.shown(made)))
+        head = ["", "layers", "processor s", "wall s", "load", "peak GB", "x float32", "mapped GB", *extra, "date"]
+        lines += [f"## {title}", "", note, "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        for name, job, made in chosen:
+            shown = job.shown(made)
+            cells = [name, *_resources(made), *(shown.get(key, "") for key in extra), made["date"]]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _machine() -> str:
+    with open("/proc/cpuinfo") as stream:
+        text = stream.read()
+    model = next(line.partition(": ")[2] for line in text.splitlines() if line.startswith("model name"))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    vnni = "with" if "avx512_vnni" in text else "without"
+    packages = ("torch", "onnxruntime", "onnxruntime-qnn", "executorch", "numpy")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    return f"{os.cpu_count()} cores ({model}, {vnni} AVX-512 VNNI), {memory:.0f} GB; {versions}."
+
+
+def _resources(made: dict[str, Any]) -> list[str]:
+    peak, stopped = made["own"] / 1e9, made["exit"] == "stopped"
+    share = made["own"] / (4 * made["parameters"])
+    more = "stopped at " if stopped else ""
+    return [
+        str(made["layers"]), f"{made['processor']:.0f}", f"{made['seconds']:.0f}", f"{made['load']:.0f}",
+        f"{more}{peak:.2f}", f"{more}{share:.2f}", f"{made['resident'] / 1e9:.1f}",
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -53,11 +53,11 @@ GOLDEN = 4
 Progress = Callable[[str], None]
 
 
-def load(name: str) -> Model:
+def load(name: str, traced: bool = True) -> Model:
     """Import a model (see `load_model`) and optimize its float graph."""
     from dataclasses import replace
 
-    model = load_model(name)
+    model = load_model(name, traced)
     if model.language is not None:
         return model
     return replace(model, imported=replace(model.imported, graph=optimize(model.imported.graph)))
@@ -203,7 +203,7 @@ def export(
     for backend_name in backend_names:
         backends.backend(backend_name)
     say(f"importing {name}")
-    model = load(name)
+    model = load(name, traced=False)
     recipe = read_recipe(model, recipe_file, precision, assignments)
     base = model.base if recipe_file is None else recipe_file.parent
     if model.language is not None:
