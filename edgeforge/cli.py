@@ -735,7 +735,7 @@ def main() -> None:
         _fail(f"{place}: {error.strerror or error} -> free space or choose another folder")
     except SystemExit as done:
         if done.code == INTERRUPTED:
-            _fail("interrupted: nothing was written")
+            _fail("interrupted: no output was written")
         raise
 
 

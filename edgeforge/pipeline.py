@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,16 @@ from typing import Any
 import numpy as np
 
 from edgeforge import __version__, backends
-from edgeforge.backends import Artifact
+from edgeforge.backends import Artifact, Backend
 from edgeforge.bundle import (
+    CORE,
     BackendRecord,
     Bundle,
     EditRecord,
     FigureRecord,
     load_bundle,
     port,
+    read_core,
     write_core,
     write_manifest,
     writing,
@@ -25,7 +28,7 @@ from edgeforge.compress import compress
 from edgeforge.data import Dataset, load_data
 from edgeforge.errors import InvalidInput, Reason, Unsupported
 from edgeforge.ir.graph import Graph
-from edgeforge.llm.export import calibration_tokens, describe, golden_steps
+from edgeforge.llm.export import TEMPLATE, TOKENIZER, calibration_tokens, describe, golden_steps
 from edgeforge.llm.quantize import quantize_language
 from edgeforge.measured import measure
 from edgeforge.models import Model, call, load_model
@@ -41,6 +44,7 @@ from edgeforge.recipe import Precision, Recipe
 from edgeforge.report.text import bundle_readme, quantization_report
 from edgeforge.sim.evaluate import dequantize_outputs, quantize_feeds, run_float, simulate
 from edgeforge.sim.parity import sqnr_db
+from edgeforge.steps import Step, at_once, resumable
 from edgeforge.target import Target, load_target, read_yaml
 
 #: Samples whose codes and results a bundle keeps.
@@ -49,11 +53,11 @@ GOLDEN = 4
 Progress = Callable[[str], None]
 
 
-def load(name: str) -> Model:
+def load(name: str, traced: bool = True) -> Model:
     """Import a model (see `load_model`) and optimize its float graph."""
     from dataclasses import replace
 
-    model = load_model(name)
+    model = load_model(name, traced)
     if model.language is not None:
         return model
     return replace(model, imported=replace(model.imported, graph=optimize(model.imported.graph)))
@@ -124,9 +128,10 @@ def lower(
     folder: Path,
     say: Progress,
     shared: bool = False,
+    step: Step = at_once,
 ) -> dict[str, BackendRecord]:
-    """Compile graphs, by part ("" is the only one), for each backend into ``folder/<name>``; what cannot be built is
-    recorded and why. shared: see `backends.Together`.
+    """Compile graphs, by part ("" is the only one), for each backend into ``folder/artifacts/<name>``, each a step;
+    what cannot be built is recorded and why. shared: see `backends.Together`.
 
     Raises Unsupported when a backend that was asked for by name refuses a graph (empty ``names``: the target's)."""
     records = {}
@@ -143,12 +148,17 @@ def lower(
             records[name] = BackendRecord(status="skipped", reason=text)
             say(f"{name}: skipped ({text})")
             continue
-        say(f"{name}: compiling {' and '.join(graphs)}".rstrip())
-        place = folder / name
-        place.mkdir(parents=True)
-        records[name] = _record(name, backends.compile_parts(chosen, graphs, target, place, shared))
-        if not any(place.iterdir()):
-            place.rmdir()
+
+        def compiled(chosen: Backend = chosen) -> dict[str, Any]:
+            say(f"{chosen.name}: compiling {' and '.join(graphs)}".rstrip())
+            place = folder / "artifacts" / chosen.name
+            place.mkdir(parents=True)
+            record = _record(chosen.name, backends.compile_parts(chosen, graphs, target, place, shared))
+            if not any(place.iterdir()):
+                place.rmdir()
+            return record.model_dump(mode="json")
+
+        records[name] = BackendRecord.model_validate(step(name, compiled, f"artifacts/{name}"))
     return records
 
 
@@ -193,7 +203,7 @@ def export(
     for backend_name in backend_names:
         backends.backend(backend_name)
     say(f"importing {name}")
-    model = load(name)
+    model = load(name, traced=False)
     recipe = read_recipe(model, recipe_file, precision, assignments)
     base = model.base if recipe_file is None else recipe_file.parent
     if model.language is not None:
@@ -208,7 +218,7 @@ def export(
         golden = golden_vectors(model.imported.graph, graph, data)
         write_core(folder, graph, recipe, target, golden)
         _keep_tokenizer(recipe, base, folder)
-        records = lower({"": graph}, target, backend_names, folder / "artifacts", say)
+        records = lower({"": graph}, target, backend_names, folder, say)
         how = f"{used} samples of {data.name}, {recipe.calibration.method}"
         described = {"notes": notes, "backends": records, "figures": figures(graph, golden, target)}
         _finish(folder, model, graph, recipe, target, calibration, calibrated_on=how, **described)
@@ -230,31 +240,34 @@ def _export_language(
     if recipe.language.shared_context and not target.weight_sharing:
         raise InvalidInput(f"{target.name} shares no weights between graphs -> --set language.shared_context=false")
     sequences, source = calibration_tokens(model, recipe, calibration)
-    with writing(out) as folder:
-        used = min(len(sequences), recipe.calibration.samples)
-        if not Precision(recipe.precision).dynamic:
-            say(f"calibrating on {used} sequences of {source}")
-        parts, notes = quantize_language(language, recipe, target, sequences)
-        for note in notes:
-            say(note)
-        decode, prefill = parts["decode"].graph, parts["prefill"].graph
-        golden = golden_steps(language, recipe, parts, sequences[0])
-        own = {key: array for key, array in golden.items() if not key.startswith("prefill/")}
-        write_core(folder, decode, recipe, target, golden, prefill)
-        say("golden generation on the simulator")
-        record = describe(language, recipe, parts, sequences[0], folder)
-        graphs = {name: part.graph for name, part in parts.items()}
-        shared = recipe.language.shared_context
-        records = lower(graphs, target, backend_names, folder / "artifacts", say, shared)
+    key = [__version__, language.hash(), *(m.model_dump_json() for m in (recipe, target)), sequences, [*backend_names]]
+    with resumable(out, hashlib.sha256(repr(key).encode()).hexdigest(), say) as step:
+        folder, used = step.folder, min(len(sequences), recipe.calibration.samples)
         how = f"{used} sequences of {source}, {recipe.calibration.method}"
         if Precision(recipe.precision).dynamic:
             how = "none, activations are rounded as they come"
-        described = {
-            "notes": notes,
-            "language": record,
-            "backends": records,
-            "figures": figures(decode, own, target),
-        }
+
+        def core() -> tuple[str, ...]:
+            say(f"calibration: {how}")
+            parts, notes = quantize_language(language, recipe, target, sequences, step)
+            golden = golden_steps(language, recipe, parts, sequences[0])
+            write_core(folder, parts["decode"].graph, recipe, target, golden, parts["prefill"].graph)
+            return notes
+
+        notes = step("graphs", core, *CORE)
+        for note in notes:
+            say(note)
+        decode, prefill, golden = read_core(folder)
+        graphs = {"prefill": prefill, "decode": decode}
+
+        def record() -> dict[str, Any]:
+            say("golden generation on the simulator")
+            return describe(language, recipe, graphs, sequences[0], folder).model_dump(mode="json")
+
+        described = {"notes": notes, "language": step("language", record, TOKENIZER, TEMPLATE)}
+        records = lower(graphs, target, backend_names, folder, say, recipe.language.shared_context, step)
+        own = {key: array for key, array in golden.items() if not key.startswith("prefill/")}
+        described |= {"backends": records, "figures": figures(decode, own, target)}
         _finish(folder, model, decode, recipe, target, calibration, calibrated_on=how, **described)
     return load_bundle(out)
 

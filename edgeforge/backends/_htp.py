@@ -277,8 +277,14 @@ def _never_ends(node: Node, graph: Graph) -> bool:
 
 
 def refusals(graph: Graph, target: Target) -> list[Reason]:
-    """Forms of products and convolutions that HTP rejects or computes wrongly."""
+    """What is too large for one context; forms of products and convolutions that HTP rejects or computes wrongly."""
     reasons, producers = [], graph.producers()
+    size = sum(value.type.nbytes for value in graph.constants())
+    if target.context_bytes is not None and size > target.context_bytes:
+        why = (
+            f"holds {size / 1e9:.2f} GB of constants, one context of the NPU holds {target.context_bytes / 1e9:.2f} GB"
+        )
+        reasons.append(Reason(graph.name, "graph", why, "narrower weights (w4a16-b32), or fewer layers per model"))
     for node in graph.nodes:
         if node.op == "reshape" and _mixes_rows(node, graph, producers):
             why = "HTP mixes up the rows of an 8-bit product for 2 heads of 8 rows each"

@@ -10,6 +10,7 @@ Exit code 0, or an exception on stderr; native aborts are seen by the parent."""
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -64,6 +65,8 @@ def _write_context(model: str, context: str, options: Any) -> Any:
     options.add_session_config_entry("ep.context_enable", "1")
     options.add_session_config_entry("ep.context_file_path", context)
     options.add_session_config_entry("ep.context_embed_mode", "0")
+    # The model is given as bytes; its large constants lie beside it.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.path.dirname(model))
     with open(model, "rb") as stream:
         return onnxruntime.InferenceSession(stream.read(), options)
 

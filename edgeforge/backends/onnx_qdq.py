@@ -44,9 +44,9 @@ class OnnxQdq:
         return []
 
     def compile(self, graph: Graph, target: Target, folder: Path) -> Artifact:
-        from edgeforge.dialects.onnx import to_onnx, write_onnx
+        from edgeforge.dialects.onnx import write_onnx
 
-        return Artifact(files=write_onnx(to_onnx(graph), folder / MODEL), options=OPTIONS)
+        return Artifact(files=write_onnx(graph, folder / MODEL), options=OPTIONS)
 
     def run(self, folder: Path, graph: Graph, target: Target, feeds: Codes) -> dict[str, np.ndarray]:
         sizes = {name: graph.type(name).shape[0] for name in graph.inputs}

@@ -118,9 +118,9 @@ class OrtQnn:
 
 def write_model(prepared: Graph, folder: Path) -> tuple[str, ...]:
     """The QDQ model of a prepared graph, as the QNN provider reads it; the names of its files in ``folder``."""
-    from edgeforge.dialects.onnx import to_onnx, write_onnx
+    from edgeforge.dialects.onnx import write_onnx
 
-    return write_onnx(to_onnx(prepared, two_level=True), folder / MODEL)
+    return write_onnx(prepared, folder / MODEL, two_level=True)
 
 
 def float_islands(graph: Graph, dump: Path) -> tuple[str, ...]:

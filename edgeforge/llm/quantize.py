@@ -20,6 +20,7 @@ from edgeforge.quantize.calibrate import Range, calibrate
 from edgeforge.quantize.convert import convert
 from edgeforge.quantize.dynamic import dynamic_linears
 from edgeforge.recipe import Precision, Recipe
+from edgeforge.steps import Step, at_once
 from edgeforge.target import Target
 
 if TYPE_CHECKING:
@@ -82,9 +83,10 @@ class Part:
 
 
 def quantize_language(
-    language: Language, recipe: Recipe, target: Target, sequences: Sequence[Sequence[int]]
+    language: Language, recipe: Recipe, target: Target, sequences: Sequence[Sequence[int]], step: Step = at_once
 ) -> tuple[dict[str, Part], tuple[str, ...]]:
     """Both graphs, and notes on what was changed and measured. sequences: token ids, at least one full chunk each.
+    step: see `edgeforge.steps`.
 
     Raises Unsupported with every node that the target cannot run as asked."""
     chunk, context = recipe.language.chunk, recipe.language.context
@@ -99,10 +101,14 @@ def quantize_language(
     language = padded
     if precision.dynamic:
         return _dynamic(language, recipe), notes
-    whole = language.graph("calibration", chunk, context)
-    steps = Steps(language, [s for s in sequences if len(s) >= chunk][: recipe.calibration.samples], chunk, context)
-    how, widths = recipe.calibration, bits(whole, recipe, target)
-    ranges = within_masks(whole, calibrate(whole, steps, how.method, widths, how.percentile))
+
+    def calibrated() -> dict[str, Range]:
+        whole = language.graph("calibration", chunk, context)
+        steps = Steps(language, [s for s in sequences if len(s) >= chunk][: recipe.calibration.samples], chunk, context)
+        how, widths = recipe.calibration, bits(whole, recipe, target)
+        return within_masks(whole, calibrate(whole, steps, how.method, widths, how.percentile))
+
+    ranges = step("ranges", calibrated)
     parts: dict[str, Part] = {}
     for name, tokens in (("prefill", chunk), ("decode", 1)):
         real = language.graph(f"{language.name}-{name}", tokens, context, last_only=True)

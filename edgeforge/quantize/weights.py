@@ -28,7 +28,9 @@ def channel_scales(data: np.ndarray, top: int, method: str) -> np.ndarray:
     """float64 scale per output channel."""
     flat = data.reshape(len(data), -1).astype(np.float64)
     widest = np.maximum(np.abs(flat).max(1), 1e-9 * top) / top
-    factors = np.linspace(0.5, 1.0, 51) if method == "mse" else np.ones(1)
+    if method != "mse":
+        return widest
+    factors = np.linspace(0.5, 1.0, 51)
     best, best_error = widest, np.full(len(flat), np.inf)
     for factor in factors:
         scale = (widest * factor)[:, None]
