@@ -14,7 +14,6 @@ from typing import IO, Any
 
 import numpy as np
 import onnx
-import torch
 from onnx import TensorProto, helper
 
 from edgeforge import __version__
@@ -31,6 +30,8 @@ IR_VERSION = 11
 APART, LARGE = 1 << 28, 1 << 20
 #: Where such constants begin in their file: on a page, as ONNX asks for, so that they can be mapped.
 PAGE = 4096
+#: Rows that are transposed at a time.
+ROWS = 64
 
 ELEMENT = {
     "f32": TensorProto.FLOAT,
@@ -216,8 +217,11 @@ class _Emitter:
 
 
 def transposed(codes: np.ndarray) -> np.ndarray:
-    """[I, O] of codes [O, I], contiguous (torch goes through large ones tile by tile)."""
-    return torch.from_numpy(codes).t().contiguous().numpy()
+    """[I, O] of codes [O, I], contiguous; some rows at a time, whose lines stay in the cache."""
+    made = np.empty(codes.shape[::-1], codes.dtype)
+    for at in range(0, len(codes), ROWS):
+        made[:, at : at + ROWS] = codes[at : at + ROWS].T
+    return made
 
 
 def to_onnx(graph: Graph, two_level: bool = False, apart: IO[bytes] | None = None) -> onnx.ModelProto:
