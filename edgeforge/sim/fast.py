@@ -21,6 +21,7 @@ from edgeforge.ir.graph import Graph, NodeView
 from edgeforge.ir.op import OPS
 from edgeforge.ir.rules import RULES
 from edgeforge.ir.types import NUMPY
+from edgeforge.ops.conv_transpose2d import spread_out
 from edgeforge.sim import compiled
 from edgeforge.sim.reference import Array, Reference
 from edgeforge.sim.rounding import Finish, finish, lanewise, pairwise, rowwise
@@ -122,6 +123,15 @@ def _conv2d(n: NodeView, x: Array, w: Array, b: Array | None = None) -> Array:
     layer = _once(n, lambda: _layer(n, windows, w, b, n["groups"]))
     _, channels, height, width = n.out.shape
     codes = _dot(n, layer, x.transpose(0, 2, 3, 1), (height, width))
+    return codes.reshape(-1, height, width, channels).transpose(0, 3, 1, 2)
+
+
+def _conv_transpose2d(n: NodeView, x: Array, w: Array, b: Array | None = None) -> Array:
+    """A convolution of the input with zeros between its elements."""
+    windows = Windows(w.shape[2:], dilation=tuple(n["dilation"]))
+    layer = _once(n, lambda: _layer(n, windows, w[:, :, ::-1, ::-1], b, n["groups"]))
+    _, channels, height, width = n.out.shape
+    codes = _dot(n, layer, spread_out(n, x).transpose(0, 2, 3, 1), (height, width))
     return codes.reshape(-1, height, width, channels).transpose(0, 3, 1, 2)
 
 
@@ -344,4 +354,9 @@ def _flat(x: Array, first: Array) -> Array:
     return np.ascontiguousarray(np.broadcast_to(x, first.shape).transpose(_memory_order(first))).reshape(-1)
 
 
-_KERNELS: dict[str, Callable[..., Array | None]] = {"linear": _linear, "conv2d": _conv2d, "matmul": _matmul}
+_KERNELS: dict[str, Callable[..., Array | None]] = {
+    "linear": _linear,
+    "conv2d": _conv2d,
+    "conv_transpose2d": _conv_transpose2d,
+    "matmul": _matmul,
+}
