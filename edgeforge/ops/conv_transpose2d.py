@@ -1,16 +1,20 @@
 """conv_transpose2d: y = requant(sum((x - zx) * w) + b), each input element spread over a window, NCHW.
 
-Weights [O, I/groups, KH, KW] per output channel, as a convolution's (ONNX and torch have [I, O/groups, KH, KW]).
-``groups`` is 1, or the number of channels of a depthwise layer. ``output_padding``: rows and columns more at the end."""
+Weights [O, I/groups, KH, KW] per output channel, as a convolution's (ONNX and torch: [I, O/groups, KH, KW]).
+``groups``: 1, or the number of channels (depthwise). ``output_padding``: more rows and columns at the end."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from edgeforge.ir.graph import NodeView
 from edgeforge.ir.op import ACT, BIAS, WEIGHT, Cost, Op, Port, register
+from edgeforge.ir.types import NUMPY
 
 
 def infer(n: NodeView) -> tuple[int, ...]:
@@ -27,24 +31,55 @@ def infer(n: NodeView) -> tuple[int, ...]:
     return (batch, out, *made)
 
 
+@dataclass(frozen=True)
+class Phase:
+    """The output's elements ``y[:, :, rows, columns]`` of shape [N, O, *size]: the convolution of stride 1 with
+    ``weights`` [O, I/groups, M, N] whose first window lies ``corner`` above and left of the input."""
+
+    rows: slice
+    columns: slice
+    size: tuple[int, int]
+    weights: np.ndarray
+    corner: tuple[int, int]
+
+
+def phases(n: NodeView, w: np.ndarray) -> Iterator[Phase]:
+    """One per place within a stride. Runtimes compute them apart: none sees the zeros between the elements."""
+    kernel = [step * (side - 1) + 1 for step, side in zip(n["dilation"], w.shape[2:], strict=True)]
+    wide = np.zeros((*w.shape[:2], *kernel), w.dtype)
+    wide[:, :, :: n["dilation"][0], :: n["dilation"][1]] = w
+    for at in np.ndindex(*n["stride"]):
+        size = [-((p - side) // step) for p, side, step in zip(at, n.out.shape[2:], n["stride"], strict=True)]
+        places = [divmod(p + pad, step) for p, pad, step in zip(at, n["pads"], n["stride"], strict=False)]
+        (_, top), (_, left) = places
+        part = wide[:, :, top :: n["stride"][0], left :: n["stride"][1]]
+        if min(size) < 1:
+            continue
+        if part.size == 0:  # the bias alone
+            part = np.zeros((*w.shape[:2], *(max(side, 1) for side in part.shape[2:])), w.dtype)
+        corner = [side - 1 - first for side, (first, _) in zip(part.shape[2:], places, strict=True)]
+        rows, columns = (slice(p, None, step) for p, step in zip(at, n["stride"], strict=True))
+        yield Phase(rows, columns, (size[0], size[1]), part[:, :, ::-1, ::-1], (corner[0], corner[1]))
+
+
 def integer(k: Any, n: NodeView, x: np.ndarray, w: np.ndarray, b: np.ndarray | None = None) -> np.ndarray:
-    """A convolution of the spread input with kernels turned by half a turn."""
-    weight_sum, turned = w.reshape(len(w), -1).sum(1, dtype=np.int64), w[:, :, ::-1, ::-1]
-    return k.dot(
-        n, spread_out(n, x), w, weight_sum, b, lambda part: k.conv2d(part, turned, (1, 1), n["dilation"], n["groups"])
-    )
+    y = np.empty((len(x), *n.out.shape[1:]), NUMPY[n.out.dtype])
+    for phase in phases(n, w):
+        weights, seen = phase.weights, _seen(n, x, phase)
+        weight_sum = weights.reshape(len(w), -1).sum(1, dtype=np.int64)
+        product = partial(k.conv2d, w=weights, stride=(1, 1), dilation=(1, 1), groups=n["groups"])
+        y[:, :, phase.rows, phase.columns] = k.dot(n, seen, weights, weight_sum, b, product)
+    return y
 
 
-def spread_out(n: NodeView, x: np.ndarray) -> np.ndarray:
-    """x [N, C, H, W] with real zeros between its elements (``stride``) and around them, so that the convolution with
-    stride 1 and without padding has the output's size."""
-    reach = [step * (side - 1) for step, side in zip(n["dilation"], n.shape(1)[2:], strict=True)]
-    size = [n.out.shape[i + 2] + reach[i] for i in (0, 1)]
-    wide = np.full((*x.shape[:2], *size), n.zero(0), x.dtype)
-    places = [reach[i] - n["pads"][i] + n["stride"][i] * np.arange(x.shape[i + 2]) for i in (0, 1)]
-    rows, columns = (np.flatnonzero((at >= 0) & (at < size[i])) for i, at in enumerate(places))
-    wide[:, :, places[0][rows, None], places[1][columns]] = x[:, :, rows[:, None], columns]
-    return wide
+def _seen(n: NodeView, x: np.ndarray, phase: Phase) -> np.ndarray:
+    """x as far as the windows of a phase reach, real zeros around it."""
+    size = [count + side - 1 for count, side in zip(phase.size, phase.weights.shape[2:], strict=True)]
+    seen = np.full((*x.shape[:2], *size), n.zero(0), x.dtype)
+    places = [np.arange(length) - first for length, first in zip(size, phase.corner, strict=True)]
+    rows, columns = (np.flatnonzero((at >= 0) & (at < x.shape[i + 2])) for i, at in enumerate(places))
+    seen[:, :, rows[:, None], columns] = x[:, :, places[0][rows, None], places[1][columns]]
+    return seen
 
 
 def cost(n: NodeView) -> Cost:

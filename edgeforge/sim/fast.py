@@ -21,7 +21,7 @@ from edgeforge.ir.graph import Graph, NodeView
 from edgeforge.ir.op import OPS
 from edgeforge.ir.rules import RULES
 from edgeforge.ir.types import NUMPY
-from edgeforge.ops.conv_transpose2d import spread_out
+from edgeforge.ops.conv_transpose2d import Phase, phases
 from edgeforge.sim import compiled
 from edgeforge.sim.reference import Array, Reference
 from edgeforge.sim.rounding import Finish, finish, lanewise, pairwise, rowwise
@@ -127,12 +127,20 @@ def _conv2d(n: NodeView, x: Array, w: Array, b: Array | None = None) -> Array:
 
 
 def _conv_transpose2d(n: NodeView, x: Array, w: Array, b: Array | None = None) -> Array:
-    """A convolution of the input with zeros between its elements."""
-    windows = Windows(w.shape[2:], dilation=tuple(n["dilation"]))
-    layer = _once(n, lambda: _layer(n, windows, w[:, :, ::-1, ::-1], b, n["groups"]))
-    _, channels, height, width = n.out.shape
-    codes = _dot(n, layer, spread_out(n, x).transpose(0, 2, 3, 1), (height, width))
-    return codes.reshape(-1, height, width, channels).transpose(0, 3, 1, 2)
+    """One convolution per place within a stride."""
+
+    def prepare() -> list[tuple[Phase, Layer]]:
+        found = []
+        for phase in phases(n, w):
+            windows = Windows(phase.weights.shape[2:], corner=phase.corner)
+            found.append((phase, _layer(n, windows, phase.weights, b, n["groups"])))
+        return found
+
+    image, y = x.transpose(0, 2, 3, 1), np.empty((len(x), *n.out.shape[1:]), NUMPY[n.out.dtype])
+    for phase, layer in _once(n, prepare):
+        codes = _dot(n, layer, image, phase.size).reshape(len(x), *phase.size, -1)
+        y[:, :, phase.rows, phase.columns] = codes.transpose(0, 3, 1, 2)
+    return y
 
 
 def _layer(n: NodeView, windows: Windows, w: Array, bias: Array | None, groups: int) -> Layer:
