@@ -41,7 +41,11 @@ def onnx(g: Any, n: NodeView, x: str) -> str:
 
 
 def torch(T: Any, n: NodeView, x: Any) -> Any:
-    return T.nn.functional.interpolate(x, tuple(n["size"]), mode=MODES[n["coordinates"]])
+    """By places at other ratios: torch's float32 coordinates can fall below a whole one."""
+    if all(new % old == 0 for old, new in zip(n.shape(0)[2:], n["size"], strict=True)):
+        return T.nn.functional.interpolate(x, tuple(n["size"]), mode=MODES[n["coordinates"]])
+    rows, columns = (T.from_numpy(_resize.floors(*axis)) for axis in _axes(n))
+    return x.index_select(2, rows).index_select(3, columns)
 
 
 def tosa(g: Any, n: NodeView, x: str) -> str:
