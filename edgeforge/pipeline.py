@@ -28,6 +28,7 @@ from edgeforge.compress import compress
 from edgeforge.data import Dataset, load_data
 from edgeforge.errors import InvalidInput, Reason, Unsupported
 from edgeforge.ir.graph import Graph
+from edgeforge.ir.op import LAYERS
 from edgeforge.llm.export import TEMPLATE, TOKENIZER, calibration_tokens, describe, golden_steps
 from edgeforge.llm.quantize import quantize_language
 from edgeforge.measured import measure
@@ -354,6 +355,6 @@ def exceptions(graph: Graph, recipe: Recipe) -> dict[str, str]:
     for node in graph.nodes:
         if graph.type(node.output).dtype != precision.activations:
             found[node.output] = graph.type(node.output).dtype
-        if node.op in ("linear", "conv2d") and graph.type(node.inputs[1]).dtype != precision.weights:
+        if node.op in LAYERS and graph.type(node.inputs[1]).dtype != precision.weights:
             found[node.inputs[1]] = graph.type(node.inputs[1]).dtype
     return found

@@ -72,7 +72,7 @@ class _Emitter:
     def __call__(self, op_type: str, *names: str, **attributes: Any) -> str:
         result = self.fresh(op_type)
         plain = {key: list(v) if isinstance(v, tuple) else v for key, v in attributes.items()}
-        return self.add(op_type, [self.resolve(name) for name in names], result, result, **plain)
+        return self.add(op_type, [self.resolve(name) if name else "" for name in names], result, result, **plain)
 
     def add(self, op_type: str, inputs: Sequence[str], output: str, name: str, **attributes: Any) -> str:
         made = helper.make_node(op_type, list(inputs), [output], name=name, doc_string=self.node.source, **attributes)
@@ -196,6 +196,14 @@ class _Emitter:
             self.real[w] = self.dequantize(stored, w, moved, axis=0 if q.block is not None else 1)
         y = self("MatMul", x, w)
         return y if b is None else self("Add", y, b)
+
+    def permuted(self, n: NodeView, w: str, perm: Sequence[int]) -> str:
+        """The weights of a node, stored with their axes permuted."""
+        kind, data = n.type(1), n.data(1)
+        assert data is not None
+        stored = self.initialize(f"{w}/permuted", kind.dtype, data.transpose(perm))
+        self.real[w] = self.dequantize(stored, w, kind, axis=list(perm).index(0))
+        return w
 
     def two_levels(self, w: str, q: QParams, codes: np.ndarray) -> str:
         """Block-wise weights [O, I] as Qualcomm's provider reads its two-level encoding: real weights [I, O], quantized
