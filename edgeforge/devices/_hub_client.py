@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from edgeforge.errors import BackendFailed, InvalidInput, MissingDependency
@@ -105,15 +107,17 @@ def created_once() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def tidied() -> Iterator[None]:
-    """The client's temporary files go with the block: it leaves one per download, and those of failed transfers."""
-    kept = tempfile.tempdir
-    with tempfile.TemporaryDirectory(prefix="edgeforge-") as folder:
-        tempfile.tempdir = folder
-        try:
-            yield
-        finally:
-            tempfile.tempdir = kept
+def tidied(folder: Path) -> Iterator[None]:
+    """The client's temporary files in ``folder``, which goes with the block, or with the next after a kill: the client
+    leaves one per download, and those of failed transfers."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    kept, tempfile.tempdir = tempfile.tempdir, str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = kept
+        shutil.rmtree(folder)
 
 
 def plain(text: str) -> str:

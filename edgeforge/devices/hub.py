@@ -105,7 +105,7 @@ def bench(
     uploads = plan(bundle, artifacts, compile_only)
     run = _Run(bundle, store, uploads, devices or (bundle.target.name,), compile_only, patience, say)
     # The client prints; stdout is for the results.
-    with contextlib.redirect_stdout(io.StringIO()), tidied():
+    with contextlib.redirect_stdout(io.StringIO()), tidied(bundle.path / RESULTS / ".hub-client"):
         return run.finish()
 
 
