@@ -23,9 +23,6 @@ from edgeforge.target import Target
 #: The backend whose emulator runs a target's own compiler. It gets each node in the form that its artifacts have.
 ORACLE = "ort_qnn"
 
-#: Ops that HTP computes together with what is before them: no function of one code.
-IN_CONTEXT = ("requantize", "rsqrt")
-
 
 def measure(graph: Graph, target: Target) -> tuple[Graph, tuple[str, ...]]:
     """``graph`` with a table in every element-wise function that has no exact rule, and notes that name the nodes and
@@ -53,8 +50,9 @@ def measure(graph: Graph, target: Target) -> tuple[Graph, tuple[str, ...]]:
 
 
 def _open(node: Node) -> bool:
-    """Whether a node is a function of one code whose rule is not exact."""
-    return OPS[node.op].numerics == "table" and node.op not in IN_CONTEXT and RULES[node.rule].status != "exact"
+    """Whether a node is a function of one code whose rule is not exact. HTP computes some requantizes together with
+    what is before them."""
+    return OPS[node.op].numerics == "table" and node.op != "requantize" and RULES[node.rule].status != "exact"
 
 
 def question(graph: Graph, node: Node) -> Graph:

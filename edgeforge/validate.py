@@ -19,7 +19,7 @@ from edgeforge.progress import track
 from edgeforge.quantize.convert import with_profile
 from edgeforge.recipe import Bounds, Recipe
 from edgeforge.sim.evaluate import dequantize_outputs, quantize_feeds, run_float, simulate
-from edgeforge.sim.parity import NodeParity, cosine, parity, per_node, sqnr_db, trace
+from edgeforge.sim.parity import NodeParity, cosine, explode, exploded_feeds, parity, per_node, sqnr_db, trace
 
 BATCH = 16
 
@@ -194,9 +194,11 @@ def validate_nodes(
     chosen = backends.backend(name)
     if why := chosen.cannot_run():
         raise MissingDependency(f"{name}: {why}")
-    graph = with_profile(bundle.graph, chosen.numerics or bundle.target.numerics)
+    profile = chosen.numerics or bundle.target.numerics
+    graph = with_profile(bundle.graph, profile)
     feeds = {key: array[:samples] for key, array in bundle.golden_part("input").items()}
+    cut, codes = with_profile(explode(graph), profile), exploded_feeds(graph, trace(graph, feeds))
     say(f"{name}: compiling {len(graph.nodes)} nodes apart")
     with tempfile.TemporaryDirectory(prefix="edgeforge-") as folder:
-        found = per_node(chosen, Path(folder), graph, bundle.target, trace(graph, feeds))
+        found = per_node(chosen, Path(folder), cut, bundle.target, codes)
     return sorted(found, key=lambda node: (node.identical, -node.max_lsb))

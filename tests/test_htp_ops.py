@@ -98,3 +98,71 @@ def test_block_wise_weights_are_written_with_two_levels_of_scales():
     assert chain[:3] == ["DequantizeLinear", "QuantizeLinear", "DequantizeLinear"]
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
     assert initializers["w/multiples"].data_type == 2 and initializers["w/real"].data_type == 1
+
+
+def chain(*nodes: Node, zero: int = 40, dtype: str = "u8", shape: tuple[int, ...] = (1, 4, 6, 6)) -> Graph:
+    """Nodes of one input each, all of one encoding, but that a requantize doubles the scale."""
+    values, scale = {"x": Value("x", TensorType(shape, dtype, QParams(np.float32(0.02), zero)))}, 0.02
+    for node in nodes:
+        scale *= 2 if node.op == "requantize" else 1
+        values[node.output] = Value(node.output, TensorType(shape, dtype, QParams(np.float32(scale), zero)))
+    return Graph("chain", "integer", ("x",), nodes, (nodes[-1].output,), values)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "zero", "rule"),
+    [
+        ((Node("requantize", ("x",), "y"),), 40, "htp_requantize"),
+        ((Node("relu", ("x",), "r"), Node("requantize", ("r",), "y")), 40, "htp_table"),
+        ((Node("relu", ("x",), "r"), Node("requantize", ("r",), "y")), 0, "htp_requantize"),
+        ((Node("requantize", ("x",), "y"), Node("sigmoid", ("y",), "z")), 40, "htp_table"),
+        ((Node("silu", ("x",), "s"), Node("requantize", ("s",), "y")), 40, "htp_requantize"),
+    ],
+)
+def test_a_requantize_beside_a_table_becomes_part_of_it(nodes, zero, rule):
+    graph = chain(*nodes, zero=zero)
+    view = graph.view(graph.producers()["y"])
+    assert rule_of("htp-v73", "table", view).name == rule
+
+
+def test_a_relu_behind_a_clip_is_joined_with_it():
+    clip = Node("clip", ("x",), "c", {"low_real": -1.0, "high_real": 2.0})
+    prepared, edits = _htp.prepare(chain(clip, Node("relu", ("c",), "y")), TARGET)
+    assert [(node.op, node.output, node.attrs) for node in prepared.nodes] == [
+        ("clip", "y", {"low_real": 0.0, "high_real": 2.0})
+    ]
+    assert "upper limit" in edits[0].why
+
+
+def test_padding_at_the_right_is_kept_off_element_wise_results_of_16_bits():
+    def padded(dtype: str, pads: tuple[int, int, int, int]) -> list[str]:
+        graph = chain(Node("relu", ("x",), "r"), Node("pad", ("r",), "y", {"pads": pads}), dtype=dtype)
+        return [node.op for node in _htp.prepare(graph, TARGET)[0].nodes]
+
+    assert padded("u16", (1, 0, 1, 2)) == ["relu", "max_pool", "pad"]
+    assert padded("u16", (1, 1, 1, 2)) == padded("u8", (1, 0, 1, 2)) == ["relu", "pad"]
+
+
+def test_rsqrt_is_written_as_two_functions_with_integer_kernels():
+    prepared, _ = _htp.prepare(chain(Node("rsqrt", ("x",), "y"), zero=0), TARGET)
+    assert [node.op for node in prepared.nodes] == ["sqrt", "reciprocal"]
+    assert float(prepared.type(prepared.nodes[0].output).q.scale) == pytest.approx((255 * 0.02) ** 0.5 / 255)
+
+
+@pytest.mark.parametrize(
+    ("axes", "keepdims", "ops"),
+    [
+        ((2, 3), True, ["reduce_mean"]),
+        ((3,), True, ["reshape", "reduce_mean", "reshape"]),
+        ((1, 3), False, ["transpose", "reshape", "reduce_mean", "reshape"]),
+    ],
+)
+def test_every_mean_is_written_as_the_mean_of_an_image(axes, keepdims, ops):
+    shape = (1, 4, 6, 6)
+    kept = tuple(1 if axis in axes else size for axis, size in enumerate(shape) if keepdims or axis not in axes)
+    graph = chain(Node("reduce_mean", ("x",), "y", {"axes": axes, "keepdims": keepdims}))
+    graph.values["y"] = Value("y", TensorType(kept, "u8", graph.type("y").q))
+    prepared, _ = _htp.prepare(graph, TARGET)
+    mean = next(node for node in prepared.nodes if node.op == "reduce_mean")
+    assert [node.op for node in prepared.nodes] == ops and mean.attrs == {"axes": (2, 3), "keepdims": True}
+    assert prepared.type("y").shape == kept

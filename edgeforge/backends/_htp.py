@@ -18,6 +18,7 @@ from edgeforge.ir.op import OPS
 from edgeforge.ir.rules import averages_apart, covers_image
 from edgeforge.ir.rules.htp_norm import narrow_gain
 from edgeforge.ir.types import RANGE, QParams, TensorType, Value
+from edgeforge.passes.dead import remove_dead
 from edgeforge.target import Target
 
 
@@ -53,7 +54,9 @@ class Editor:
 def prepare(graph: Graph, target: Target) -> tuple[Graph, tuple[Edit, ...]]:
     """The graph in forms that Hexagon computes in integers, and every change. Names of inputs and outputs stay; the new
     nodes carry no rounding constants (`with_profile` adds them)."""
-    return rewritten(graph, (_split_silu, _layer_norm, _average, _pad, _flat, _transpose))
+    steps = (_split_silu, _split_rsqrt, _layer_norm, _average, _mean, _pad, _pad_behind, _clip_relu, _flat, _transpose)
+    graph, edits = rewritten(graph, steps)
+    return remove_dead(graph), edits
 
 
 def rewritten(graph: Graph, steps: Sequence[Callable[[Editor, Node], None]]) -> tuple[Graph, tuple[Edit, ...]]:
@@ -79,6 +82,22 @@ def _split_silu(e: Editor, node: Node) -> None:
     e.put(Node("sigmoid", node.inputs, name, {}, node.source), TensorType(kind.shape, kind.dtype, gate))
     e.put(Node("mul", (node.inputs[0], name), node.output, {}, node.source))
     e.note(node, "split into sigmoid and mul", "HTP has no integer kernel for silu")
+
+
+def _split_rsqrt(e: Editor, node: Node) -> None:
+    """y = rsqrt(x)   =>   r = sqrt(x); y = reciprocal(r)"""
+    if node.op != "rsqrt":
+        e.put(node)
+        return
+    kind = e.graph.type(node.inputs[0])
+    assert kind.q is not None
+    top = RANGE[kind.dtype][1]
+    largest = max(np.sqrt((top - kind.q.zero) * np.float64(kind.q.scale)), np.finfo(np.float32).tiny)
+    name = f"{node.output}.sqrt"
+    root = TensorType(kind.shape, kind.dtype, QParams(np.float32(largest / top), 0))
+    e.put(Node("sqrt", node.inputs, name, {}, node.source), root)
+    e.put(Node("reciprocal", (name,), node.output, {}, node.source))
+    e.note(node, "split into sqrt and reciprocal", "HTP has no integer kernel for rsqrt")
 
 
 def _layer_norm(e: Editor, node: Node) -> None:
@@ -118,6 +137,28 @@ def _average(e: Editor, node: Node) -> None:
     e.note(node, "written as a convolution", "HTP's average rounds twice, and reads beyond a padded edge")
 
 
+def _mean(e: Editor, node: Node) -> None:
+    """y = reduce_mean(x)   =>   the mean of images of one column: transpose, reshape, reduce_mean, reshape"""
+    image = {"axes": (2, 3), "keepdims": True}
+    kind, out = e.graph.type(node.inputs[0]), e.graph.type(node.output)
+    if node.op != "reduce_mean" or (node.attrs == image and len(kind.shape) == 4):
+        e.put(node)
+        return
+    axes = node.attrs["axes"]
+    count = kind.size // out.size
+    perm = (*(axis for axis in range(len(kind.shape)) if axis not in axes), *axes)
+    name, shape = node.inputs[0], (1, out.size, count, 1)
+    if perm != tuple(range(len(perm))):
+        moved = replace(kind, shape=tuple(kind.shape[axis] for axis in perm))
+        name = e.put(Node("transpose", (name,), f"{node.output}.moved", {"perm": perm}, node.source), moved)
+    rows = Node("reshape", (name,), f"{node.output}.image", {"shape": shape}, node.source)
+    name = e.put(rows, replace(kind, shape=shape))
+    mean = Node("reduce_mean", (name,), f"{node.output}.mean", image, node.source)
+    name = e.put(mean, replace(out, shape=(1, out.size, 1, 1)))
+    e.put(Node("reshape", (name,), node.output, {"shape": out.shape}, node.source))
+    e.note(node, "written as the mean of an image", "HTP's mean of other axes rounds at unknown places")
+
+
 def _pad(e: Editor, node: Node) -> None:
     """y = conv2d(x), padded on the left   =>   p = pad(x); y = conv2d(p), for depthwise 5x5 with stride 2 at 16 bits"""
     pads = node.attrs.get("pads", (0, 0, 0, 0))
@@ -140,6 +181,37 @@ def pad_apart(e: Editor, node: Node, why: str) -> None:
     name = e.put(Node("pad", node.inputs[:1], f"{node.output}.padded", {"pads": pads}, node.source), padded)
     e.put(replace(node, inputs=(name, *node.inputs[1:]), attrs={**node.attrs, "pads": (0, 0, 0, 0)}))
     e.note(node, "padded by an op of its own", why)
+
+
+def _pad_behind(e: Editor, node: Node) -> None:
+    """p = f(x); y = pad(p), at the right and not at the left   =>   m = max_pool(p) of one element; y = pad(m)
+
+    At 16 bits, behind an element-wise op, HTP leaves garbage at the right of the rows between."""
+    kind = e.graph.type(node.inputs[0])
+    behind = any(made.output == node.inputs[0] for made in e.nodes)
+    if node.op != "pad" or kind.dtype != "u16" or not behind or node.attrs["pads"][1] or not node.attrs["pads"][3]:
+        e.put(node)
+        return
+    one = {"kernel": (1, 1), "stride": (1, 1), "pads": (0, 0, 0, 0)}
+    name = e.put(Node("max_pool", node.inputs, f"{node.output}.unpadded", one, node.source), kind)
+    e.put(replace(node, inputs=(name,)))
+    e.note(node, "behind a max_pool of one element", "HTP leaves garbage in the padding of an element-wise op's result")
+
+
+def _clip_relu(e: Editor, node: Node) -> None:
+    """y = relu(clip(x))   =>   y = clip(x), from zero on"""
+    before = next((made for made in e.nodes if made.output == node.inputs[0]), None)
+    if (
+        node.op != "relu"
+        or before is None
+        or before.op != "clip"
+        or e.graph.type(node.inputs[0]) != e.graph.type(node.output)
+    ):
+        e.put(node)
+        return
+    low, high = (max(float(before.attrs[key]), 0.0) for key in ("low_real", "high_real"))
+    e.put(replace(before, output=node.output, attrs={"low_real": low, "high_real": high}))
+    e.note(node, "joined with the clip before it", "HTP merges the two and drops the upper limit")
 
 
 def _flat(e: Editor, node: Node) -> None:

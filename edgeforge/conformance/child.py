@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import tempfile
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
@@ -22,6 +23,8 @@ from edgeforge.target import Target
 
 #: Longest one batch may take, in seconds.
 TIMEOUT_S = 600
+#: Most data that it may hold, in bytes: HTP's compiler never ends on a few small graphs and takes all memory there is.
+MEMORY = 4 << 30
 #: What compilers raise to refuse a graph; anything else ends the child with its traceback in the log.
 REFUSALS = (BackendFailed, RuntimeError, ValueError, TypeError, AssertionError, LookupError)
 
@@ -82,6 +85,7 @@ def _serve(pipe: Connection, name: str, target: Target, log: Path) -> None:
     stream = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     chosen = backend(name)
     while True:
         try:

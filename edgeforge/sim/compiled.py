@@ -164,14 +164,14 @@ def weighted_sum(a, b, left, right, offset, shift, low, high, out):
 
 
 @compiled
-def htp_product(a, b, zero_a, zero_b, taken, mult, shift, offset, step, low, high, out):
+def htp_product(a, b, zero_a, zero_b, zero, taken, mult, shift, offset, step, coarse, low, high, out):
     """The rule htp_product16, all one-dimensional; in two parts, as 66 bits would be needed."""
     half, half_step = np.int64(1) << (shift - 1), (np.int64(1) << step) >> 1
     for i in range(out.size):
         product = (np.int64(a[i]) - zero_a) * (np.int64(b[i]) - zero_b) - taken
         lower = ((product & 0xFFFF) * mult + half) >> 15
         fine = (((product >> 16) * mult << 1) + lower) >> (shift - 15)
-        out[i] = min(max((fine + offset + half_step) >> step, low), high)
+        out[i] = min(max((((fine + offset + half_step) >> step) << coarse) + zero, low), high)
 
 
 @compiled

@@ -104,15 +104,15 @@ def exploded_feeds(graph: Graph, codes: Arrays) -> dict[str, np.ndarray]:
     }
 
 
-def per_node(backend: Runner, folder: Path, graph: Graph, target: Any, codes: Arrays) -> list[NodeParity]:
+def per_node(backend: Runner, folder: Path, cut: Graph, target: Any, feeds: Arrays) -> list[NodeParity]:
     """Teacher-forced parity of every node of an integer graph on a backend, in the graph's order.
 
-    codes: a `trace` of ``graph`` under the rounding rules to compare with. folder: empty; receives the artifact.
+    cut: what `explode` made of it, under the rounding rules to compare with (those of each node alone: a neighbor can
+    change a rule). feeds: `exploded_feeds`. folder: empty; receives the artifact.
     Raises BackendFailed when the backend refuses the exploded graph."""
-    cut = explode(graph)
     backend.compile(cut, target, folder)
-    outputs = backend.run(folder, cut, target, exploded_feeds(graph, codes))
-    return [_compare(node, outputs[node.output], codes[node.output]) for node in graph.nodes]
+    outputs, expected = backend.run(folder, cut, target, feeds), simulate(cut, feeds)
+    return [_compare(node, outputs[node.output], expected[node.output]) for node in cut.nodes]
 
 
 def _compare(node: Node, found: np.ndarray, expected: np.ndarray) -> NodeParity:

@@ -164,7 +164,6 @@ _LOOPS: dict[str, Callable[[NodeView, int], Loop]] = {
     "htp8_v68": _htp8_v68,
     "htp_depthwise_2": _htp_depthwise_2,
     "htp16": _htp16,
-    "htp16_v68": _htp16,
     "fp32": _fp32,
     "ort_float_dot": _fp32,
 }
@@ -183,8 +182,8 @@ def _htp_sum16(n: NodeView) -> Callable[[Array, Array, Array], None]:
 
 
 def _htp_product16(n: NodeView) -> Callable[[Array, Array, Array], None]:
-    constants = [int(n.fixed[key]) for key in ("taken", "mult", "shift", "offset", "step", "low", "high")]
-    zeros = (n.zero(0), n.zero(1))
+    constants = [int(n.fixed[key]) for key in ("taken", "mult", "shift", "offset", "step", "coarse", "low", "high")]
+    zeros = (n.zero(0), n.zero(1), n.q(-1).zero)
     return lambda a, b, out: compiled.htp_product(a, b, *zeros, *constants, out)
 
 

@@ -40,10 +40,14 @@ def _kinds(n: NodeView) -> Iterator[str]:
         yield "depthwise_2"
     if n.node.op == "softmax" and n.shape(0)[n["axis"]] < 3:
         yield "softmax_short"
-    if (n.node.op == "reduce_mean" and n["axes"] == (2, 3) and n["keepdims"]) or covers_image(n):
+    if n.node.op == "softmax" and n.shape(0)[n["axis"]] <= 16:
+        yield "softmax_narrow"
+    if covers_image(n):
         yield "global"
     if OPS[n.node.op].numerics == "dot" and n.type(1).dtype == "i4":
         yield "dot_i4"
+    if n.node.op == "requantize" and _beside_table(n):
+        yield "requantize_beside_table"
 
 
 def covers_image(n: NodeView) -> bool:
@@ -55,6 +59,24 @@ def averages_apart(n: NodeView) -> bool:
     """Whether Hexagon averages as a depthwise convolution: those of strides above 4 it refuses, those of 2 to 4
     channels it computes wrongly."""
     return n.shape(0)[1] > 4 and max(n["stride"]) <= 4
+
+
+def _beside_table(n: NodeView) -> bool:
+    """Whether a function that Hexagon looks up stands directly before or behind: the two become one table."""
+    name, output = n.node.inputs[0], n.node.output
+    before = [node for node in n.graph.nodes if node.output == name]
+    readers = [node for node in n.graph.nodes if name in node.inputs]
+    behind = [node for node in n.graph.nodes if output in node.inputs]
+    alone = len(readers) == 1 and name not in n.graph.outputs
+    near = (before if alone else []) + (behind if len(behind) == 1 and output not in n.graph.outputs else [])
+    return any(_is_looked_up(n.graph.view(node)) for node in near)
+
+
+def _is_looked_up(n: NodeView) -> bool:
+    """Whether a node is a function of 8-bit codes; silu is a product, and a relu that changes nothing is left out."""
+    if OPS[n.node.op].real is None or n.node.op in ("requantize", "silu") or n.type(0).dtype != "u8":
+        return False
+    return not (n.node.op == "relu" and n.q(0) == n.q(-1) and n.zero(0) == 0)
 
 
 def _is_depthwise_stride_2(n: NodeView) -> bool:

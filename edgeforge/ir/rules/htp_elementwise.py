@@ -143,56 +143,80 @@ def _apply_same_width(n: NodeView, x: Array) -> Array:
 
 def _derive_product8(n: NodeView) -> Constants:
     """A constant of one element makes the node a table. Else ratio float32 ``(s_a / s_y) * s_b``, a first rounding at
-    2**-step of an output step (step 7 at most); the offset wraps at 16 bits."""
+    2**-step of an output step (step 7 at most). What is taken from the product is a multiple of 256; what is added
+    later wraps at 16 bits."""
     table = _scalar_table(n)
     if table is not None:
         return table
     ratio = float(f32(f32(n.q(0).scale / n.q(-1).scale) * n.q(1).scale))
     step = min(7, -int(np.frexp(ratio)[1]))
-    constants = _product_constants(n, int(np.rint(ratio * 2.0 ** (15 + step))), 15, step, 8)
-    return {**constants, "offset": _wrap(constants["offset"], 16)}
+    mult, taken = int(np.rint(ratio * 2.0 ** (15 + step))), (_zero_product(n) + 128) >> 8 << 8
+    offset = ((mult * taken + (1 << 14)) >> 15) + int(n.q(-1).zero * 2.0**step)
+    return with_range(n, mult=mult, shift=15, step=step, taken=taken, offset=_wrap(offset, 16))
 
 
 def _derive_product16(n: NodeView) -> Constants:
-    """Ratio float32 ``(s_a * s_b) / s_y`` at 2**-34, a first rounding at 1/8 of an output step."""
-    ratio = float(f32(f32(n.q(0).scale * n.q(1).scale) / n.q(-1).scale))
-    return _product_constants(n, int(np.rint(min(ratio * 2.0**34, 2.0**44))), 31, 3, 0)
+    """Ratio float32 ``(s_a * s_b) / s_y`` at 2**-34, a first rounding at 1/8 of an output step. From 1/8 on the
+    multiplier would pass 31 bits: the result is a multiple of 2**coarse output steps instead."""
+    ratio = np.float64(f32(f32(n.q(0).scale * n.q(1).scale) / n.q(-1).scale))
+    coarse = max(0, int(ceil_log2(ratio)) + 3)
+    mult = min(int(np.rint(np.ldexp(ratio, 34 - coarse))), (1 << 31) - (1 << 19))
+    taken = _zero_product(n)
+    offset = -(((1 << 30) - mult * taken) >> 31)
+    return with_range(n, mult=mult, shift=31, step=3, coarse=coarse, taken=taken, offset=offset)
 
 
-def _product_constants(n: NodeView, mult: int, shift: int, step: int, unit: int) -> Constants:
-    """``taken``: 2ab + a + b of the zero points a, b around mid-range, a multiple of 2**unit, is taken from the product
-    before the multiplication and added, multiplied by itself, after it."""
+def _zero_product(n: NodeView) -> int:
+    """2ab + a + b of the zero points a, b around mid-range: taken from the product before the multiplication, and
+    added, multiplied by itself, after it."""
     middle = (RANGE[n.type(0).dtype][1] + 1) // 2
     a, b = n.zero(0) - middle, n.zero(1) - middle
-    taken = (2 * a * b + a + b + ((1 << unit) >> 1 if unit else 0)) >> unit << unit
-    offset = ((mult * taken + (1 << shift - 1)) >> shift) + int(n.q(-1).zero * 2.0**step)
-    return with_range(n, mult=mult, shift=shift, step=step, taken=taken, offset=offset)
+    return 2 * a * b + a + b
 
 
-def _apply_product(n: NodeView, a: Array, b: Array) -> Array:
-    """``(((product - taken) * mult + half) >> shift) + offset``, rounded half up at 2**step; or a table."""
-    if "table" in n.fixed:
-        return _look_up(n, a, b)
-    mult, shift, step = (n.fixed[key] for key in ("mult", "shift", "step"))
+def _fine(n: NodeView, a: Array, b: Array) -> Array:
+    """``(((product - taken) * mult + half) >> shift) + offset``"""
+    mult, shift = n.fixed["mult"], n.fixed["shift"]
     product = (a.astype(np.int64) - n.zero(0)) * (b.astype(np.int64) - n.zero(1)) - n.fixed["taken"]
     # In two parts: a 16-bit product times its multiplier takes up to 66 bits.
     low = ((product & 0xFFFF) * mult + (1 << shift - 1)) >> 15
-    fine = (((product >> 16) * mult << 1) + low) >> (shift - 15)
+    return (((product >> 16) * mult << 1) + low >> (shift - 15)) + n.fixed["offset"]
+
+
+def _apply_product8(n: NodeView, a: Array, b: Array) -> Array:
+    """A table, or rounded half up at 2**step."""
+    if "table" in n.fixed:
+        return _look_up(n, a, b)
+    step = n.fixed["step"]
     half = (1 << step) >> 1 if step > 0 else 0
-    return saturate(n, shift_right(fine + n.fixed["offset"] + half, step) - n.q(-1).zero)
+    return saturate(n, shift_right(_fine(n, a, b) + half, step) - n.q(-1).zero)
+
+
+def _apply_product16(n: NodeView, a: Array, b: Array) -> Array:
+    """``(fine + half >> step) << coarse``"""
+    step = n.fixed["step"]
+    return saturate(n, (_fine(n, a, b) + (1 << step - 1) >> step) << n.fixed["coarse"])
 
 
 def _look_up(n: NodeView, a: Array, b: Array) -> Array:
     return np.broadcast_to(n.fixed["table"][(a, b)[n.fixed["operand"]]], np.broadcast_shapes(a.shape, b.shape))
 
 
-def _apply_sum(n: NodeView, a: Array, b: Array) -> Array:
-    """``(left * a + right * b + offset) >> shift``, or a table."""
+def _weighted(n: NodeView, a: Array, b: Array) -> Array:
+    left, right = n.fixed["mult"]
+    return left * a.astype(np.int64) + right * b.astype(np.int64) + n.fixed["offset"]
+
+
+def _apply_sum8(n: NodeView, a: Array, b: Array) -> Array:
+    """``((left * a + right * b + offset) >> 8) >> (shift - 8)``, the last to the left where it is negative; or a table."""
     if "table" in n.fixed:
         return _look_up(n, a, b)
-    left, right = n.fixed["mult"]
-    total = left * a.astype(np.int64) + right * b.astype(np.int64) + n.fixed["offset"]
-    return saturate(n, shift_right(total, n.fixed["shift"]) - n.q(-1).zero)
+    return saturate(n, shift_right(_weighted(n, a, b) >> 8, n.fixed["shift"] - 8) - n.q(-1).zero)
+
+
+def _apply_sum16(n: NodeView, a: Array, b: Array) -> Array:
+    """``(left * a + right * b + offset) >> shift``"""
+    return saturate(n, shift_right(_weighted(n, a, b), n.fixed["shift"]) - n.q(-1).zero)
 
 
 def _derive_requantize16(n: NodeView) -> Constants:
@@ -215,10 +239,10 @@ REACH16 = (
     "(1 LSB on 3 to 7 % of the elements otherwise)"
 )
 RULES = (
-    Rule("htp_sum", _derive_sum8, _apply_sum, "exact"),
-    Rule("htp_sum16", _derive_sum16, _apply_sum, "exact"),
-    Rule("htp_product", _derive_product8, _apply_product, "exact"),
-    Rule("htp_product16", _derive_product16, _apply_product, "exact", "for s_a * s_b / s_y < 1/8"),
+    Rule("htp_sum", _derive_sum8, _apply_sum8, "exact"),
+    Rule("htp_sum16", _derive_sum16, _apply_sum16, "exact"),
+    Rule("htp_product", _derive_product8, _apply_product8, "exact"),
+    Rule("htp_product16", _derive_product16, _apply_product16, "exact"),
     Rule("htp_requantize", _derive_requantize, apply_table, "bounded", REACH8),
     Rule("htp_requantize16", _derive_requantize16, _apply_requantize16, "bounded", REACH16),
 )
