@@ -46,7 +46,9 @@ def export(
     calibration: Annotated[
         str | None, typer.Option(help=".npz, image folder, .txt, module:callable, embedded or random")
     ] = None,
-    precision: Annotated[str | None, typer.Option(help="w8a8, w8a16, w4a8, w4a16, with -b16|32|64 block-wise")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="w8a8, w8a16, w4a8, w4a16, with -b16|32|64 block-wise; 8da4w-b32|64")
+    ] = None,
     backend: Annotated[list[str] | None, typer.Option(help="build only this backend (repeatable)")] = None,
     recipe: Annotated[Path | None, typer.Option(help="recipe YAML")] = None,
     requantize: Annotated[bool, typer.Option(help="drop the encodings that a QDQ model brings along")] = False,
@@ -279,10 +281,11 @@ def evaluate(
     for engine, score in llm.scorers(bundle, language, spoken.context, backend or ()):
         _say(engine)
         rows.append({"engine": engine, **chosen.measure(score), "source": _source(engine)})
+    protocol = chosen.protocol + (llm.ARTIFACTS if backend else "")
     if as_json:
-        _print({"task": task, "protocol": chosen.protocol, "results": rows})
+        _print({"task": task, "protocol": protocol, "results": rows})
     else:
-        _table(chosen.protocol, list(rows[0]), [list(row.values()) for row in rows])
+        _table(protocol, list(rows[0]), [list(row.values()) for row in rows])
 
 
 @app.command()

@@ -81,6 +81,8 @@ def quantize(model: Model, recipe: Recipe, target: Target, data: Dataset, requan
 
     Raises Unsupported with every node (or kept encoding) that the target cannot run as asked."""
     graph = model.imported.graph
+    if Precision(recipe.precision).dynamic:
+        raise InvalidInput(f"{recipe.precision} is offered for language models with a cache -> --precision w4a8")
     if model.imported.encodings and not requantize:
         return convert(graph, plan_from(model.imported, recipe, target), target)
     samples = data.head(recipe.calibration.samples)
@@ -120,45 +122,43 @@ class _Batches:
 
 
 def lower(
-    graph: Graph,
+    graphs: Mapping[str, Graph],
     target: Target,
     names: Sequence[str],
     folder: Path,
     say: Progress,
-    part: str = "",
+    shared: bool = False,
     step: Step = at_once,
 ) -> dict[str, BackendRecord]:
-    """Compile ``graph`` for each backend into ``folder/artifacts/<name>/<part>``, each a step; what cannot be built is
-    recorded and why.
+    """Compile graphs, by part ("" is the only one), for each backend into ``folder/<name>``, each a step; what cannot
+    be built is recorded and why. shared: see `backends.Together`.
 
-    Raises Unsupported when a backend that was asked for by name refuses the graph (empty ``names``: the target's)."""
+    Raises Unsupported when a backend that was asked for by name refuses a graph (empty ``names``: the target's)."""
     records = {}
     for name in names or target.backends:
         chosen = backends.backend(name)
         reason = chosen.missing() if name in target.backends else f"{target.name} does not offer it"
-        refusals = [] if reason else chosen.refusals(graph, target)
+        refusals = [] if reason else backends.refusals(chosen, graphs.values(), target)
         if names and (reason or refusals):
             if refusals:
-                raise Unsupported(f"{name} cannot take {graph.name} as asked", refusals)
+                raise Unsupported(f"{name} cannot take {next(iter(graphs.values())).name} as asked", refusals)
             raise InvalidInput(f"backend {name}: {reason}")
         if reason or refusals:
             text = reason or in_short(refusals)
             records[name] = BackendRecord(status="skipped", reason=text)
             say(f"{name}: skipped ({text})")
             continue
-        where = f"{name}/{part}".rstrip("/")
 
-        def compiled(chosen: Backend = chosen, where: str = where) -> dict[str, Any]:
-            say(f"{chosen.name}: compiling {part}".rstrip())
-            place = folder / "artifacts" / where
+        def compiled(chosen: Backend = chosen) -> dict[str, Any]:
+            say(f"{chosen.name}: compiling {' and '.join(graphs)}".rstrip())
+            place = folder / chosen.name
             place.mkdir(parents=True)
-            record = _record(where, chosen.compile(graph, target, place))
+            record = _record(chosen.name, backends.compile_parts(chosen, graphs, target, place, shared))
             if not any(place.iterdir()):
                 place.rmdir()
             return record.model_dump(mode="json")
 
-        made = step(where.replace("/", "-"), compiled, f"artifacts/{where}")
-        records[name] = BackendRecord.model_validate(made)
+        records[name] = BackendRecord.model_validate(step(name, compiled, f"artifacts/{name}"))
     return records
 
 
@@ -218,7 +218,7 @@ def export(
         golden = golden_vectors(model.imported.graph, graph, data)
         write_core(folder, graph, recipe, target, golden)
         _keep_tokenizer(recipe, base, folder)
-        records = lower(graph, target, backend_names, folder, say)
+        records = lower({"": graph}, target, backend_names, folder / "artifacts", say)
         how = f"{used} samples of {data.name}, {recipe.calibration.method}"
         described = {"notes": notes, "backends": records, "figures": figures(graph, golden, target)}
         _finish(folder, model, graph, recipe, target, calibration, calibrated_on=how, **described)
@@ -237,13 +237,17 @@ def _export_language(
     """A bundle with two graphs of a language model, prefill and decode, on the same constants."""
     language = model.language
     assert language is not None
+    if recipe.language.shared_context and not target.weight_sharing:
+        raise InvalidInput(f"{target.name} shares no weights between graphs -> --set language.shared_context=false")
     sequences, source = calibration_tokens(model, recipe, calibration)
     key = [__version__, language.hash(), *(m.model_dump_json() for m in (recipe, target)), sequences, [*backend_names]]
     with resumable(out, hashlib.sha256(repr(key).encode()).hexdigest(), say) as step:
         folder, used = step.folder, min(len(sequences), recipe.calibration.samples)
+        dynamic = Precision(recipe.precision).dynamic
 
         def core() -> tuple[str, ...]:
-            say(f"calibrating on {used} sequences of {source}")
+            if not dynamic:
+                say(f"calibrating on {used} sequences of {source}")
             parts, notes = quantize_language(language, recipe, target, sequences, step)
             golden = golden_steps(language, recipe, parts, sequences[0])
             write_core(folder, parts["decode"].graph, recipe, target, golden, parts["prefill"].graph)
@@ -259,17 +263,19 @@ def _export_language(
             say("golden generation on the simulator")
             return describe(language, recipe, graphs, sequences[0], folder).model_dump(mode="json")
 
+        language_record = step("language", record, TOKENIZER, TEMPLATE)
+        shared = recipe.language.shared_context
+        records = lower(graphs, target, backend_names, folder / "artifacts", say, shared, step)
+        own = {key: array for key, array in golden.items() if not key.startswith("prefill/")}
+        how = f"{used} sequences of {source}, {recipe.calibration.method}"
+        if dynamic:
+            how = "none, activations are rounded as they come"
         described = {
             "notes": notes,
-            "language": step("language", record, TOKENIZER, TEMPLATE),
-        }
-        made = [lower(graph, target, backend_names, folder, say, name, step) for name, graph in graphs.items()]
-        own = {key: array for key, array in golden.items() if not key.startswith("prefill/")}
-        described |= {
-            "backends": {name: _joined(made[0][name], made[1][name]) for name in made[0]},
+            "language": language_record,
+            "backends": records,
             "figures": figures(decode, own, target),
         }
-        how = f"{used} sequences of {source}, {recipe.calibration.method}"
         _finish(folder, model, decode, recipe, target, calibration, calibrated_on=how, **described)
     return load_bundle(out)
 
@@ -301,21 +307,6 @@ def _finish(
     (folder / "report.md").write_text(quantization_report(graph, fields))
     (folder / "README.txt").write_text(bundle_readme(target, fields))
     write_manifest(folder, **fields)
-
-
-def _joined(a: BackendRecord, b: BackendRecord) -> BackendRecord:
-    """One record for the artifacts of both graphs; what they have in common is said once."""
-    if a.status != "built" or b.status != "built":
-        return a if a.status != "built" else b
-    return BackendRecord(
-        status="built",
-        files=a.files + b.files,
-        options={**a.options, **b.options},
-        edits=tuple(dict.fromkeys(a.edits + b.edits)),
-        islands=tuple(dict.fromkeys(a.islands + b.islands)),
-        notes=tuple(dict.fromkeys(a.notes + b.notes)),
-        deterministic=a.deterministic and b.deterministic,
-    )
 
 
 def find_data(
@@ -350,8 +341,8 @@ def golden_vectors(float_graph: Graph, graph: Graph, data: Dataset) -> dict[str,
 def figures(graph: Graph, golden: Mapping[str, np.ndarray], target: Target) -> tuple[FigureRecord, ...]:
     """Size of the constants, and per output the simulator's signal-to-noise ratio against the float model."""
     size = sum(value.type.nbytes for value in graph.constants())
-    found = [FigureRecord(name="constants", value=size, unit="bytes", kind="counted", source="the integer graph")]
-    source = f"golden samples, rounding rules of {target.numerics}"
+    found = [FigureRecord(name="constants", value=size, unit="bytes", kind="counted", source="the graph")]
+    source = f"golden samples, rounding rules of {target.numerics if graph.level == 'integer' else 'float arithmetic'}"
     for name, real in dequantize_outputs(graph, {n: golden[f"output/{n}"] for n in graph.outputs}).items():
         sqnr = sqnr_db(golden[f"float/{name}"], real)
         if sqnr is not None:

@@ -14,6 +14,8 @@ from edgeforge.dialects.onnx import to_onnx
 from edgeforge.ir.graph import Graph, Node
 from edgeforge.ir.rules import rule_of
 from edgeforge.ir.types import QParams, TensorType, Value
+from edgeforge.quantize.convert import with_profile
+from edgeforge.sim.evaluate import simulate
 from edgeforge.target import load_target
 
 TARGET = load_target("snapdragon-8-gen-3")
@@ -83,6 +85,45 @@ def test_a_form_that_hexagon_computes_wrongly_is_refused():
     reason = _htp.refusals(convolution("u8", (2, 2), 3), TARGET)[0]
     assert "2 to 4 channels" in reason.why and reason.remedy
     assert not _htp.refusals(convolution("u8", (2, 2), 8), TARGET)
+
+
+def mixing(groups: int, repeated: int, rows: int) -> Graph:
+    """The mixing of values in attention: [1, groups * repeated, rows, 24] scores times [1, groups, 24, 16] values."""
+    heads, q16 = groups * repeated, QParams(np.float32(4 / 65535), 32768)
+    kinds = {
+        "a": TensorType((1, heads, rows, 24), "u16", QParams(np.float32(1 / 65536))),
+        "rows": TensorType((1, groups, repeated * rows, 24), "u16", QParams(np.float32(1 / 65536))),
+        "b": TensorType((1, groups, 24, 16), "u8", QParams(np.float32(0.02), 128)),
+        "m": TensorType((1, groups, repeated * rows, 16), "u16", q16),
+        "q": TensorType((1, groups, repeated * rows, 16), "u8", QParams(np.float32(4 / 255), 128)),
+        "y": TensorType((1, heads, rows, 16), "u8", QParams(np.float32(4 / 255), 128)),
+    }
+    nodes = (
+        Node("reshape", ("a",), "rows", {"shape": kinds["rows"].shape}),
+        Node("matmul", ("rows", "b"), "m"),
+        Node("requantize", ("m",), "q"),
+        Node("reshape", ("q",), "y", {"shape": kinds["y"].shape}),
+    )
+    values = {name: Value(name, kind) for name, kind in kinds.items()}
+    return with_profile(Graph("mixing", "integer", ("a", "b"), nodes, ("y",), values), TARGET.numerics)
+
+
+def test_heads_whose_rows_hexagon_mixes_up_are_refused():
+    (reason,) = _htp.refusals(mixing(2, 2, 8), TARGET)
+    assert "mixes up the rows" in reason.why and "language.chunk" in reason.remedy
+    for groups, repeated, rows in ((2, 2, 16), (1, 2, 8), (2, 4, 8), (2, 1, 8)):
+        assert not _htp.refusals(mixing(groups, repeated, rows), TARGET)
+
+
+@pytest.mark.skipif(bool(BACKEND.missing()), reason="needs onnxruntime-qnn")
+@pytest.mark.parametrize(("shape", "right"), [((2, 2, 8), False), ((2, 2, 16), True)])
+def test_hexagon_mixes_up_the_rows_that_are_refused_and_no_others(shape, right):
+    graph, rng = mixing(*shape), np.random.default_rng(0)
+    scores = rng.dirichlet(np.ones(24), graph.type("a").shape[:3])
+    values = rng.integers(0, 256, graph.type("b").shape).astype(np.uint8)
+    feeds = {"a": np.rint(scores * 65535).astype(np.uint16), "b": values}
+    found = BACKEND.evaluate(graph, TARGET, feeds)["y"] == simulate(graph, feeds)["y"]
+    assert found.all() if right else found.mean() < 0.5
 
 
 def test_clamps_are_written_so_that_hexagon_does_not_merge_them():

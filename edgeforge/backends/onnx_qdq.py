@@ -27,7 +27,7 @@ OPTIONS = {"session.qdq_matmulnbits_accuracy_level": "1", "session.x64quantpreci
 class OnnxQdq:
     name = "onnx_qdq"
     numerics = "ort-cpu"
-    source, timed = HOST, True
+    source, timed, dynamic = HOST, True, False
     summary = "QDQ model, opset 23, run by ONNX Runtime on the CPU"
 
     def missing(self) -> str:

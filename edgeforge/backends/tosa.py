@@ -42,7 +42,7 @@ def tools() -> Path | None:
 class Tosa:
     name = "tosa"
     numerics = "tosa"
-    source, timed = "emulated (Arm's reference model)", False
+    source, timed, dynamic = "emulated (Arm's reference model)", False, False
     summary = "TOSA 1.0 flatbuffer, run by Arm's reference model"
 
     def missing(self) -> str:

@@ -31,7 +31,8 @@ class Node:
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """``level`` is "float" (every tensor f32, or i64 indices) or "integer" (codes with encodings, no float)."""
+    """``level`` is "float" (every tensor f32, or i64 indices; weights of dynamic linears are codes) or "integer" (codes
+    with encodings, no float)."""
 
     name: str
     level: str

@@ -135,7 +135,10 @@ def as_computed(graph: Graph, target: Target) -> Graph:
 
 
 def with_profile(graph: Graph, profile: str) -> Graph:
-    """The same codes and encodings, rounded as another runtime does. A table that was measured from it stays."""
+    """The same codes and encodings, rounded as another runtime does. A table that was measured from it stays, and so
+    does a float graph (dynamic linears)."""
+    if graph.level == "float":
+        return graph
     nodes = []
     for node in graph.nodes:
         family = OPS[node.op].numerics
