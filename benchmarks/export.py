@@ -40,8 +40,8 @@ RECIPE = (
 )  # fmt: skip
 #: Decode steps that are timed, behind those that prepare.
 STEPS, WARM = 16, 2
-#: A child that needs more is stopped: this machine has work besides.
-MOST_BYTES = 12.5 * 2**30
+#: A child that needs more, or leaves less to others, is stopped.
+MOST_BYTES, LEFT_BYTES = 11e9, 2e9
 
 
 def model_folder(folder: Path, layers: int) -> Path:
@@ -291,7 +291,8 @@ SECTIONS = (
         f"""\
 Ours makes two graphs (prefill and decode), golden steps and a golden generation, and checks the bundle that it wrote.
 *quantize_static* is ONNX Runtime's (QDQ, per channel, minimum and maximum), on the float prefill graph as torch exports
-it, calibrated on the same steps. A process that needs more than {MOST_BYTES / 1e9:.1f} GB is stopped.""",
+it, calibrated on the same steps. A process that needs more than {MOST_BYTES / 1e9:.0f} GB, or leaves the system less
+than {LEFT_BYTES / 1e9:.0f} GB, is stopped; its seconds are those until then.""",
     ),
     (
         "Decode",
@@ -331,6 +332,12 @@ def memory(process: Path) -> tuple[int, int]:
     return own, every
 
 
+def _available() -> int:
+    """Bytes that the system can still give (Linux)."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+
+
 def watched(name: str, folder: Path, layers: int) -> dict[str, Any]:
     """Figures of one job in a child process."""
     result = figures_file(folder, name, layers).with_suffix(".result")
@@ -342,7 +349,7 @@ def watched(name: str, folder: Path, layers: int) -> dict[str, Any]:
     while child.poll() is None:
         now = memory(Path(f"/proc/{child.pid}"))
         peaks = (max(peaks[0], now[0]), max(peaks[1], now[1]))
-        if now[0] > MOST_BYTES:
+        if now[0] > MOST_BYTES or _available() < LEFT_BYTES:
             stopped = True
             child.kill()
         time.sleep(0.1)
@@ -445,9 +452,9 @@ def _machine() -> str:
 
 
 def _resources(made: dict[str, Any]) -> list[str]:
-    peak, stopped = made["own"] / 1e9, made["exit"] == "stopped"
+    peak = made["own"] / 1e9
     share = made["own"] / (4 * made["parameters"])
-    more = "stopped at " if stopped else ""
+    more = "" if made["exit"] == 0 else "stopped at "
     return [
         str(made["layers"]), f"{made['processor']:.0f}", f"{made['seconds']:.0f}", f"{made['load']:.0f}",
         f"{more}{peak:.2f}", f"{more}{share:.2f}", f"{made['resident'] / 1e9:.1f}",

@@ -129,9 +129,10 @@ def _lower(graphs: Mapping[str, Graph]) -> Any:
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
     from torch.export import export
 
-    from edgeforge.dialects.pt2e import SignedModule, example_inputs
+    from edgeforge.dialects.pt2e import SignedModule, example_inputs, share_constants
 
     modules = {method: SignedModule(graph).eval() for method, graph in graphs.items()}
+    share_constants(list(modules.values()))
     programs = {method: export(module, example_inputs(module), strict=False) for method, module in modules.items()}
     partitioners = {method: [XnnpackPartitioner()] for method in graphs}
     config = EdgeCompileConfig(_check_ir_validity=False)
