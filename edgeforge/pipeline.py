@@ -28,6 +28,7 @@ from edgeforge.compress import compress
 from edgeforge.data import Dataset, load_data
 from edgeforge.errors import InvalidInput, Reason, Unsupported
 from edgeforge.ir.graph import Graph
+from edgeforge.ir.op import LAYERS
 from edgeforge.llm.export import TEMPLATE, TOKENIZER, calibration_tokens, describe, golden_steps
 from edgeforge.llm.quantize import quantize_language
 from edgeforge.measured import measure
@@ -130,8 +131,8 @@ def lower(
     shared: bool = False,
     step: Step = at_once,
 ) -> dict[str, BackendRecord]:
-    """Compile graphs, by part ("" is the only one), for each backend into ``folder/<name>``, each a step; what cannot
-    be built is recorded and why. shared: see `backends.Together`.
+    """Compile graphs, by part ("" is the only one), for each backend into ``folder/artifacts/<name>``, each a step;
+    what cannot be built is recorded and why. shared: see `backends.Together`.
 
     Raises Unsupported when a backend that was asked for by name refuses a graph (empty ``names``: the target's)."""
     records = {}
@@ -151,7 +152,7 @@ def lower(
 
         def compiled(chosen: Backend = chosen) -> dict[str, Any]:
             say(f"{chosen.name}: compiling {' and '.join(graphs)}".rstrip())
-            place = folder / chosen.name
+            place = folder / "artifacts" / chosen.name
             place.mkdir(parents=True)
             record = _record(chosen.name, backends.compile_parts(chosen, graphs, target, place, shared))
             if not any(place.iterdir()):
@@ -218,7 +219,7 @@ def export(
         golden = golden_vectors(model.imported.graph, graph, data)
         write_core(folder, graph, recipe, target, golden)
         _keep_tokenizer(recipe, base, folder)
-        records = lower({"": graph}, target, backend_names, folder / "artifacts", say)
+        records = lower({"": graph}, target, backend_names, folder, say)
         how = f"{used} samples of {data.name}, {recipe.calibration.method}"
         described = {"notes": notes, "backends": records, "figures": figures(graph, golden, target)}
         _finish(folder, model, graph, recipe, target, calibration, calibrated_on=how, **described)
@@ -243,11 +244,12 @@ def _export_language(
     key = [__version__, language.hash(), *(m.model_dump_json() for m in (recipe, target)), sequences, [*backend_names]]
     with resumable(out, hashlib.sha256(repr(key).encode()).hexdigest(), say) as step:
         folder, used = step.folder, min(len(sequences), recipe.calibration.samples)
-        dynamic = Precision(recipe.precision).dynamic
+        how = f"{used} sequences of {source}, {recipe.calibration.method}"
+        if Precision(recipe.precision).dynamic:
+            how = "none, activations are rounded as they come"
 
         def core() -> tuple[str, ...]:
-            if not dynamic:
-                say(f"calibrating on {used} sequences of {source}")
+            say(f"calibration: {how}")
             parts, notes = quantize_language(language, recipe, target, sequences, step)
             golden = golden_steps(language, recipe, parts, sequences[0])
             write_core(folder, parts["decode"].graph, recipe, target, golden, parts["prefill"].graph)
@@ -263,19 +265,10 @@ def _export_language(
             say("golden generation on the simulator")
             return describe(language, recipe, graphs, sequences[0], folder).model_dump(mode="json")
 
-        language_record = step("language", record, TOKENIZER, TEMPLATE)
-        shared = recipe.language.shared_context
-        records = lower(graphs, target, backend_names, folder / "artifacts", say, shared, step)
+        described = {"notes": notes, "language": step("language", record, TOKENIZER, TEMPLATE)}
+        records = lower(graphs, target, backend_names, folder, say, recipe.language.shared_context, step)
         own = {key: array for key, array in golden.items() if not key.startswith("prefill/")}
-        how = f"{used} sequences of {source}, {recipe.calibration.method}"
-        if dynamic:
-            how = "none, activations are rounded as they come"
-        described = {
-            "notes": notes,
-            "language": language_record,
-            "backends": records,
-            "figures": figures(decode, own, target),
-        }
+        described |= {"backends": records, "figures": figures(decode, own, target)}
         _finish(folder, model, decode, recipe, target, calibration, calibrated_on=how, **described)
     return load_bundle(out)
 
@@ -362,6 +355,6 @@ def exceptions(graph: Graph, recipe: Recipe) -> dict[str, str]:
     for node in graph.nodes:
         if graph.type(node.output).dtype != precision.activations:
             found[node.output] = graph.type(node.output).dtype
-        if node.op in ("linear", "conv2d") and graph.type(node.inputs[1]).dtype != precision.weights:
+        if node.op in LAYERS and graph.type(node.inputs[1]).dtype != precision.weights:
             found[node.inputs[1]] = graph.type(node.inputs[1]).dtype
     return found

@@ -22,7 +22,7 @@ from edgeforge.errors import InvalidInput, Unsupported
 from edgeforge.estimate.estimate import estimate_program
 from edgeforge.estimate.program import from_graph
 from edgeforge.ir.graph import Graph, Node
-from edgeforge.ir.op import OPS
+from edgeforge.ir.op import LAYERS, OPS
 from edgeforge.pipeline import ranges_of
 from edgeforge.progress import track
 from edgeforge.quantize.assign import Groups, assign, bits, precisions
@@ -32,7 +32,6 @@ from edgeforge.sim.evaluate import dequantize_outputs, quantize_feeds, run_float
 from edgeforge.target import Target
 from edgeforge.validate import metric_drop, task_metric
 
-LAYERS = ("linear", "conv2d")
 #: Of the difference of two shares.
 NOISE = 1e-9
 

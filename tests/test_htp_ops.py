@@ -207,3 +207,15 @@ def test_every_mean_is_written_as_the_mean_of_an_image(axes, keepdims, ops):
     mean = next(node for node in prepared.nodes if node.op == "reduce_mean")
     assert [node.op for node in prepared.nodes] == ops and mean.attrs == {"axes": (2, 3), "keepdims": True}
     assert prepared.type("y").shape == kept
+
+
+@pytest.mark.parametrize(
+    ("ratio", "refused"),
+    [(0.125, False), (0.125 * (1 + 1e-5), True), (0.125 * (1 + 1e-4), False), (0.0625 * (1 + 1e-5), False)],
+)
+def test_a_product_whose_compilation_would_not_end_is_refused(ratio, refused):
+    graph = chain(Node("mul", ("x", "x"), "y"), dtype="u16")
+    q = graph.type("x").q
+    wide = QParams(np.float32(float(q.scale) ** 2 / ratio), q.zero)
+    graph.values["y"] = Value("y", TensorType(graph.type("y").shape, "u16", wide))
+    assert bool(_htp.refusals(graph, TARGET)) == refused

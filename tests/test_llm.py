@@ -356,7 +356,8 @@ def test_padding_the_mlp_keeps_the_function():
     np.testing.assert_allclose(float_scorer(wide, 8)(ids), float_scorer(plain, 8)(ids), atol=1e-5)
 
 
-def test_a_child_that_dies_becomes_an_error_with_its_log(tmp_path):
+def test_a_child_that_dies_becomes_an_error_with_its_log(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # the log stays
     from edgeforge.backends._child import served
 
     with (
@@ -486,7 +487,8 @@ def test_dynamic_precision_is_for_whole_language_models(run, folder, tmp_path):
         run("export", "digits", *out, "--precision", "8da4w-b32")
     assert failed.value.code == 2
     with pytest.raises(Failed, match="onnx_qdq takes static encodings only") as failed:
-        run("export", folder, *out, "--precision", "8da4w-b32", "--backend", "onnx_qdq")
+        shape = [word for entry in SHAPE for word in ("--set", entry)]
+        run("export", folder, *out, *shape, "--precision", "8da4w-b32", "--backend", "onnx_qdq")
     assert failed.value.code == 2
     with pytest.raises(Failed, match="is for a whole model, not for a layer") as failed:
         run("export", folder, *out, "--set", "overrides=[{match: lm_head, precision: 8da4w-b32}]")

@@ -57,7 +57,8 @@ class Editor:
 def prepare(graph: Graph, target: Target) -> tuple[Graph, tuple[Edit, ...]]:
     """The graph in forms that Hexagon computes in integers, and every change. Names of inputs and outputs stay; the new
     nodes carry no rounding constants (`with_profile` adds them)."""
-    steps = (_split_silu, _split_rsqrt, _layer_norm, _average, _mean, _pad, _pad_behind, _clip_relu, _flat, _transpose)
+    steps = (_split_silu, _split_rsqrt, _layer_norm, _average, _transposed, _mean, _pad, _pad_behind, _clip_relu, _flat)
+    steps += (_transpose,)
     graph, edits = rewritten(graph, steps)
     return remove_dead(graph), edits
 
@@ -138,6 +139,28 @@ def _average(e: Editor, node: Node) -> None:
     attrs = {key: node.attrs[key] for key in ("stride", "pads")} | {"dilation": (1, 1), "groups": groups}
     e.put(Node("conv2d", (node.inputs[0], w), node.output, attrs, node.source))
     e.note(node, "written as a convolution", "HTP's average rounds twice, and reads beyond a padded edge")
+
+
+def _transposed(e: Editor, node: Node) -> None:
+    """y = conv_transpose2d(x, w)   =>   the same with zeros in w: between the elements for a dilation, at the end for
+    rows and columns that no kernel reaches, between the channels of a depthwise layer"""
+    plain = {"dilation": (1, 1), "groups": 1, "output_padding": (0, 0)}
+    if node.op != "conv_transpose2d" or plain.items() <= node.attrs.items():
+        e.put(node)
+        return
+    w, attrs = e.graph.values[node.inputs[1]], node.attrs
+    assert w.data is not None
+    codes = w.data
+    if attrs["groups"] > 1:
+        codes = codes * np.eye(len(codes), dtype=codes.dtype)[:, :, None, None]
+    steps = attrs["dilation"]
+    sides = [steps[i] * (codes.shape[i + 2] - 1) + 1 for i in (0, 1)]
+    wide = np.zeros((*codes.shape[:2], *(sides[i] + attrs["output_padding"][i] for i in (0, 1))), codes.dtype)
+    wide[:, :, : sides[0] : steps[0], : sides[1] : steps[1]] = codes
+    name = e.const(f"{node.output}.wide", replace(w.type, shape=wide.shape), wide)
+    e.put(replace(node, inputs=(node.inputs[0], name, *node.inputs[2:]), attrs={**attrs, **plain}))
+    why = "HTP has no dilation or groups here, and leaves garbage where no kernel reaches"
+    e.note(node, "zeros in the weights", why)
 
 
 def _mean(e: Editor, node: Node) -> None:
@@ -267,6 +290,15 @@ def _mixes_rows(node: Node, graph: Graph, producers: Mapping[str, Node]) -> bool
     return len(before) == len(after) == 4 and before[1] > 1 and before[2] == 16 and after[1:3] == (2 * before[1], 8)
 
 
+def _never_ends(node: Node, graph: Graph) -> bool:
+    """A 16-bit product whose ratio lies a little above a power of two, from 1/8 on."""
+    if node.op != "mul" or graph.type(node.output).dtype != "u16":
+        return False
+    n = graph.view(node)
+    fraction, exponent = np.frexp(np.float32(n.q(0).scale * n.q(1).scale) / n.q(-1).scale)
+    return bool(exponent >= -2 and 0.5 < fraction < 0.5 + 2.0**-16)
+
+
 def refusals(graph: Graph, target: Target) -> list[Reason]:
     """What is too large for one context; forms of products and convolutions that HTP rejects or computes wrongly."""
     reasons, producers = [], graph.producers()
@@ -281,6 +313,9 @@ def refusals(graph: Graph, target: Target) -> list[Reason]:
             why = "HTP mixes up the rows of an 8-bit product for 2 heads of 8 rows each"
             remedy = "another number of rows (language.chunk), or w4a16-b32"
             reasons.append(Reason(node.source or node.output, node.op, why, remedy))
+        if _never_ends(node, graph):
+            why = "HTP's compiler does not end at this ratio of scales (s_a * s_b / s_y just above a power of two)"
+            reasons.append(Reason(node.source or node.output, node.op, why, "another range of the output"))
         if OPS[node.op].numerics != "dot":
             continue
         if node.op == "conv2d" and _is_wrong(node, graph):

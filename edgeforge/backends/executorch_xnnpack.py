@@ -195,13 +195,12 @@ def leaving(kind: TensorType, result: np.ndarray) -> np.ndarray:
 def _quiet(name: str) -> Iterator[None]:
     """Python's and native code's chatter goes to a log, which stays when the runtime or the lowering fails. ExecuTorch
     prints through ``sys.stderr``, which need not be file descriptor 2 (notebooks, test runners)."""
-    log = new_log(name)
-    try:
-        with log.open("a") as stream, redirected(log), redirect_stdout(stream), redirect_stderr(stream):
-            yield
-    except (RuntimeError, AssertionError) as error:
-        raise BackendFailed(f"{name}: {error}; log: {log}\n{telling_lines(log)}") from error
-    log.unlink()
+    with new_log(name) as log:
+        try:
+            with log.open("a") as stream, redirected(log), redirect_stdout(stream), redirect_stderr(stream):
+                yield
+        except (RuntimeError, AssertionError) as error:
+            raise BackendFailed(f"{name}: {error}; log: {log}\n{telling_lines(log)}") from error
 
 
 BACKEND = ExecutorchXnnpack()

@@ -2,18 +2,18 @@
 
     y = linear(x, w); z = linear(relu(y), v)   =>   y = linear(x, w * s[:, None]); z = linear(relu(y), v / s)
 
-Every channel that a constant makes (a row of a linear or conv2d weight, an entry of a norm's gain, a column of an
+Every channel that a constant makes (a row of a layer's weight, an entry of a norm's gain, a column of an
 embedding) starts as a scale of its own. An array of signed scale numbers, shaped like the tensor, follows it through
 the graph; numbers that must be equal (or inverse) are tied, and 0 stands for a scale that must stay 1:
 
     moves elements (reshape, transpose, slice, concat, expand)   the op itself runs on the array of numbers
-    f(s x) = s f(x) for s > 0 (relu, neg, pools, means)          numbers pass; those that meet in one result are tied
+    f(s x) = s f(x) for s > 0 (relu, neg, pools, means, resizing)numbers pass; those that meet in one result are tied
     add, sub                                                     numbers of both operands are tied (rotary embeddings
                                                                  tie the two channels they rotate)
     mul                                                          numbers of one operand pass, the other's stay 1
     matmul, both operands scaled                                 contracted channels are tied as inverses (q, k)
     matmul, one operand scaled                                   its numbers pass (attention weights times v)
-    linear, conv2d                                               input channels are undone in the weight's columns
+    linear, convolutions                                         input channels are undone in the weight's columns
     all else, and outputs                                        numbers become 0
 """
 
@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from edgeforge.ir.graph import Graph, Node, NodeView
-from edgeforge.ir.op import ACT, OPS
+from edgeforge.ir.op import ACT, CONVOLUTIONS, LAYERS, OPS
 from edgeforge.passes.constants import with_constants
 
 
@@ -173,8 +173,7 @@ class _Walk:
 
     def shared(self, node: Node, i: int) -> bool:
         """Whether another node of the same kind reads this constant: its codes are stored once, so they stay equal."""
-        dot = ("linear", "conv2d")
-        return sum(op == node.op or (op in dot and node.op in dot) for op in self.readers[node.inputs[i]]) > 1
+        return sum(op == node.op or (op in LAYERS and node.op in LAYERS) for op in self.readers[node.inputs[i]]) > 1
 
     def step(self, node: Node) -> None:
         n = self.graph.view(node)
@@ -243,8 +242,8 @@ def _matmul(walk: _Walk, n: NodeView) -> np.ndarray:
 
 
 def _dot(walk: _Walk, n: NodeView) -> np.ndarray:
-    """linear and conv2d: read the input's channels, make new ones."""
-    axis = 1 if n.node.op == "conv2d" else len(n.shape(0)) - 1
+    """Layers: read the input's channels, make new ones."""
+    axis = 1 if n.node.op in CONVOLUTIONS else len(n.shape(0)) - 1
     columns = walk.of(n.node.inputs[0])
     columns = walk.ties.along(columns, *(d for d in range(columns.ndim) if d != axis)).ravel()
     columns = np.broadcast_to(columns, n.shape(0)[axis])
@@ -282,9 +281,9 @@ def _table(walk: _Walk, n: NodeView) -> np.ndarray:
 RULES: dict[str, Callable[[_Walk, NodeView], np.ndarray]] = {
     **dict.fromkeys(("reshape", "transpose", "slice", "concat", "expand"), _move),
     **dict.fromkeys(("relu", "neg"), _pass),
-    **dict.fromkeys(("pad", "max_pool", "avg_pool"), _spatial),
+    **dict.fromkeys(("pad", "max_pool", "avg_pool", "resize_nearest", "resize_bilinear"), _spatial),
     **dict.fromkeys(("add", "sub"), _sum),
-    **dict.fromkeys(("linear", "conv2d"), _dot),
+    **dict.fromkeys(LAYERS, _dot),
     **dict.fromkeys(("rms_norm", "layer_norm"), _norm),
     "clip": _clip,
     "reduce_mean": _mean,

@@ -14,6 +14,7 @@ import numpy as np
 
 from edgeforge.data import Dataset
 from edgeforge.ir.graph import Graph, Node
+from edgeforge.ir.op import LAYERS
 from edgeforge.passes.constants import with_constants
 from edgeforge.recipe import Recipe, Rotate
 from edgeforge.target import Target
@@ -67,7 +68,7 @@ def _data(graph: Graph, node: Node, i: int) -> np.ndarray:
 
 
 def _own_weight(graph: Graph, node: Node) -> bool:
-    same = [n for n in graph.nodes if n.op in ("linear", "conv2d") and n.inputs[1] == node.inputs[1]]
+    same = [n for n in graph.nodes if n.op in LAYERS and n.inputs[1] == node.inputs[1]]
     return node.op == "linear" and "clamp" not in node.attrs and len(same) == 1
 
 

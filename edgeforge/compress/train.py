@@ -24,7 +24,7 @@ from edgeforge.compress.channels import find_channels
 from edgeforge.data import Dataset
 from edgeforge.ir.fixed import LPBQ_STEPS
 from edgeforge.ir.graph import Graph, Node
-from edgeforge.ir.op import ACT, OPS, WEIGHT
+from edgeforge.ir.op import ACT, LAYERS, OPS, WEIGHT
 from edgeforge.ir.types import RANGE, QParams, TensorType
 from edgeforge.passes.constants import with_constants
 from edgeforge.progress import track
@@ -191,8 +191,8 @@ class Student:
                 parameter.copy_(state[name])
 
     def _has_weight(self, node: Node) -> bool:
-        shared = sum(n.inputs[1:2] == node.inputs[1:2] and n.op in ("linear", "conv2d") for n in self.graph.nodes)
-        return node.op in ("linear", "conv2d") and shared == 1
+        shared = sum(n.inputs[1:2] == node.inputs[1:2] and n.op in LAYERS for n in self.graph.nodes)
+        return node.op in LAYERS and shared == 1
 
     def _block(self, node: Node) -> int | None:
         return self.plan.precision[node.output].block if node.op == "linear" else None

@@ -113,6 +113,26 @@ def _conv2d(rng: Rng, act: str, block: int | None) -> Sample:
     return Sample(shapes, {**attrs, **_clamp(rng)})
 
 
+def _conv_transpose2d(rng: Rng, act: str, block: int | None) -> Sample:
+    """Dense and depthwise, strides 1 to 4, kernels of the stride and more, output padding, dilation."""
+    stride = int(_pick(rng, 2, 2, 2, 1, 3, 4))
+    kernel = max(int(_pick(rng, stride, stride + 1, 3, 4)), stride)
+    channels, depthwise = int(rng.integers(1, 25)), rng.random() < 0.3
+    out = channels if depthwise else int(rng.integers(1, 33))
+    height, width = (int(rng.integers(3, 9)) for _ in range(2))
+    dilation = 2 if stride == 1 and not depthwise and rng.random() < 0.5 else 1
+    attrs = {
+        "stride": (stride, stride),
+        "pads": _pads(rng, (kernel - 1) // 2),
+        "output_padding": (int(rng.integers(stride)),) * 2 if rng.random() < 0.3 else (0, 0),
+        "dilation": (dilation, dilation),
+        "groups": channels if depthwise else 1,
+    }
+    bias = ((out,),) if rng.random() < 0.6 else ()
+    shapes = ((1, channels, height, width), (out, 1 if depthwise else channels, kernel, kernel), *bias)
+    return Sample(shapes, {**attrs, **_clamp(rng)})
+
+
 def _matmul(rng: Rng, act: str, block: int | None) -> Sample:
     rows, depth, columns = int(rng.integers(1, 33)), int(rng.integers(1, 193)), int(rng.integers(1, 49))
     lead = _pick(rng, (1,), (1, 2), (1, 4))
@@ -175,6 +195,18 @@ def _reshape(rng: Rng, act: str, block: int | None) -> Sample:
     return Sample((shape,), {"shape": _pick(rng, (1, size), (1, divisor, size // divisor))})
 
 
+def _resize(*coordinates: str) -> Sampler:
+    """Twice and four times the size, and sizes without a common ratio."""
+
+    def sample(rng: Rng, act: str, block: int | None) -> Sample:
+        shape = _image(rng)
+        factor = int(_pick(rng, 2, 2, 3, 4, 0, 0))
+        size = tuple(side * factor if factor else int(rng.integers(3, 32)) for side in shape[2:])
+        return Sample((shape,), {"size": size, "coordinates": _pick(rng, *coordinates)})
+
+    return sample
+
+
 def _slice(rng: Rng, act: str, block: int | None) -> Sample:
     shape = _any_shape(rng)
     axis = int(rng.integers(1, len(shape)))
@@ -194,6 +226,7 @@ SAMPLERS: dict[str, Sampler] = {
     "clip": _unary(low_real=(0.0, -1.0), high_real=(6.0, 1.0)),
     "concat": _concat,
     "conv2d": _conv2d,
+    "conv_transpose2d": _conv_transpose2d,
     "exp": _unary((-8.0, 4.0)),
     "expand": _expand,
     "gather": _gather,
@@ -208,6 +241,8 @@ SAMPLERS: dict[str, Sampler] = {
     "reduce_mean": _reduce_mean,
     "requantize": _requantize,
     "reshape": _reshape,
+    "resize_bilinear": _resize("half_pixel", "align_corners", "asymmetric"),
+    "resize_nearest": _resize("asymmetric", "half_pixel"),
     "rms_norm": _norm(bias=False),
     "rsqrt": _unary((0.0, 8.0)),
     "slice": _slice,

@@ -14,7 +14,6 @@ from typing import IO, Any
 
 import numpy as np
 import onnx
-import torch
 from onnx import TensorProto, helper
 
 from edgeforge import __version__
@@ -31,6 +30,8 @@ IR_VERSION = 11
 APART, LARGE = 1 << 28, 1 << 20
 #: Where such constants begin in their file: on a page, as ONNX asks for, so that they can be mapped.
 PAGE = 4096
+#: Rows that are transposed at a time.
+ROWS = 64
 
 ELEMENT = {
     "f32": TensorProto.FLOAT,
@@ -71,7 +72,7 @@ class _Emitter:
     def __call__(self, op_type: str, *names: str, **attributes: Any) -> str:
         result = self.fresh(op_type)
         plain = {key: list(v) if isinstance(v, tuple) else v for key, v in attributes.items()}
-        return self.add(op_type, [self.resolve(name) for name in names], result, result, **plain)
+        return self.add(op_type, [self.resolve(name) if name else "" for name in names], result, result, **plain)
 
     def add(self, op_type: str, inputs: Sequence[str], output: str, name: str, **attributes: Any) -> str:
         made = helper.make_node(op_type, list(inputs), [output], name=name, doc_string=self.node.source, **attributes)
@@ -196,6 +197,14 @@ class _Emitter:
         y = self("MatMul", x, w)
         return y if b is None else self("Add", y, b)
 
+    def permuted(self, n: NodeView, w: str, perm: Sequence[int]) -> str:
+        """The weights of a node, stored with their axes permuted."""
+        kind, data = n.type(1), n.data(1)
+        assert data is not None
+        stored = self.initialize(f"{w}/permuted", kind.dtype, data.transpose(perm))
+        self.real[w] = self.dequantize(stored, w, kind, axis=list(perm).index(0))
+        return w
+
     def two_levels(self, w: str, q: QParams, codes: np.ndarray) -> str:
         """Block-wise weights [O, I] as Qualcomm's provider reads its two-level encoding: real weights [I, O], quantized
         by scales that are dequantized multiples of the channel's."""
@@ -216,8 +225,11 @@ class _Emitter:
 
 
 def transposed(codes: np.ndarray) -> np.ndarray:
-    """[I, O] of codes [O, I], contiguous (torch goes through large ones tile by tile)."""
-    return torch.from_numpy(codes).t().contiguous().numpy()
+    """[I, O] of codes [O, I], contiguous; some rows at a time, whose lines stay in the cache."""
+    made = np.empty(codes.shape[::-1], codes.dtype)
+    for at in range(0, len(codes), ROWS):
+        made[:, at : at + ROWS] = codes[at : at + ROWS].T
+    return made
 
 
 def to_onnx(graph: Graph, two_level: bool = False, apart: IO[bytes] | None = None) -> onnx.ModelProto:

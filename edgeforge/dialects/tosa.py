@@ -9,7 +9,9 @@ outputs are saturated a million times over."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -18,7 +20,7 @@ from edgeforge.errors import Reason, Unsupported
 from edgeforge.ir.graph import Graph, Node, NodeView
 from edgeforge.ir.op import ACT, INDEX, OPS
 from edgeforge.ir.rules.tosa import scale_32
-from edgeforge.ir.types import NUMPY, RANGE, TensorType, pack_int4
+from edgeforge.ir.types import NUMPY, RANGE, QParams, TensorType, pack_int4
 
 VERSION = {"_major": 1, "_minor": 0, "_patch": 0, "_draft": False}
 #: dtype of the graph -> TOSA's, and what is subtracted from a code.
@@ -30,6 +32,8 @@ STORED = {
     "i8": ("INT8", 0),
     "i4": ("INT4", 0),
 }
+#: RESIZE takes no finer places.
+MOST_UNITS = 2048
 ELEMENT = {"INT4": np.int8, "INT8": np.int8, "INT16": np.int16, "INT32": np.int32}
 
 
@@ -241,11 +245,41 @@ class _Emitter:
             (size[i] + pads[2 * i] + pads[2 * i + 1] - dilation[i] * (sides[i] - 1) - 1) // stride[i] + 1
             for i in (0, 1)
         )
-        constants = [self.constant(weights, dtype), self.constant(bias, "INT32")]
-        zeros = [self.zero_point(n.type(0)), self.constant([0], dtype)]
         windows = {"pad": list(pads), "stride": list(stride), "dilation": list(dilation)}
-        shape = (batch, height, width, len(bias))
-        return self(op, [x, *constants, *zeros], shape, "INT32", **windows, local_bound=False, acc_type="INT32")
+        shape, operands = (batch, height, width, len(bias)), self.operands(n, x, weights, bias, dtype)
+        return self(op, operands, shape, "INT32", **windows, local_bound=False, acc_type="INT32")
+
+    def operands(self, n: NodeView, x: str, weights: np.ndarray, bias: np.ndarray, dtype: str) -> list[str]:
+        """What a convolution of x reads: weights, biases and both zero points."""
+        constants = [self.constant(weights, dtype), self.constant(bias, "INT32")]
+        return [x, *constants, self.zero_point(n.type(0)), self.constant([0], dtype)]
+
+    def resize(
+        self,
+        x: str,
+        places: Sequence[tuple[int, int, int]],
+        size: Sequence[int],
+        mode: str,
+        to: TensorType | None = None,
+    ) -> str:
+        """RESIZE of x [N, H, W, C]: along both axes, place o of the output is ``(step * o + start) / unit``. to: of a
+        mean, the encoding of its codes, which is that of x."""
+        old, scale, offset, border = self.shape(x), [], [], []
+        for axis, terms in enumerate(places):
+            step, start, unit = (term // math.gcd(*terms) for term in terms)
+            if unit > MOST_UNITS or step >= 16 * unit or step == 0:
+                self.refuse(f"TOSA does not resize {old[axis + 1]} to {size[axis]}", "a simpler ratio of sizes")
+            scale += [unit, step]
+            offset.append(start)
+            border.append(step * (size[axis] - 1) - (old[axis + 1] - 1) * unit + start)
+        names = [self.numbers(numbers) for numbers in (scale, offset, border)]
+        shape = (old[0], *size, old[3])
+        if to is None:
+            return self.move("RESIZE", x, names, shape, mode=mode)
+        total = self("RESIZE", [x, *names], shape, "INT32", mode=mode)
+        assert to.q is not None
+        middle = replace(to, q=QParams(to.q.scale, STORED[to.dtype][1]))
+        return self.rescale(total, *scale_32(1 / (scale[0] * scale[2])), None, middle)
 
 
 def refusals(graph: Graph) -> list[Reason]:

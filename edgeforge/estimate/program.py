@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edgeforge.ir.graph import Graph
-from edgeforge.ir.op import OPS
+from edgeforge.ir.op import CONVOLUTIONS, OPS
 
 Shape = tuple[int, ...]
 
@@ -52,6 +52,8 @@ class Program:
         return sum(layer.macs for layer in self.layers)
 
 
+#: Ops that the latency model knows under another name.
+KIND = {"conv_transpose2d": "conv_transpose", "resize_nearest": "resize", "resize_bilinear": "resize"}
 BITS = {"f32": None, "i64": None, "i32": 32, "u16": 16, "u8": 8, "i8": 8, "i4": 4}
 
 
@@ -66,7 +68,7 @@ def from_graph(graph: Graph) -> Program:
         fresh = [name for name in constants if name not in seen]
         seen.update(fresh)
         attrs = dict(node.attrs)
-        if node.op == "conv2d":
+        if node.op in CONVOLUTIONS:
             attrs |= {"kernel": n.shape(1)[2:], "fan_in": n.shape(1)[1]}
         elif node.op == "linear":
             attrs |= {"fan_in": n.shape(1)[1]}
@@ -75,7 +77,7 @@ def from_graph(graph: Graph) -> Program:
         weight_bits = next((BITS[graph.type(name).dtype] for name in constants), None)
         layers.append(
             Layer(
-                node.op,
+                KIND.get(node.op, node.op),
                 active,
                 node.output,
                 sum(graph.type(name).size for name in fresh),

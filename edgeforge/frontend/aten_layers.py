@@ -26,11 +26,54 @@ def conv(g: Builder, x: Act, w: Any, b: Any, stride: Any, padding: Any, dilation
 
 @aten("convolution")
 def convolution(
-    g: Builder, x: Act, w: Any, b: Any, s: Any, p: Any, d: Any, transposed: bool, _: Any, groups: int
+    g: Builder, x: Act, w: Any, b: Any, s: Any, p: Any, d: Any, transposed: bool, more: Any, groups: int
 ) -> Act:
     if transposed:
-        raise Refused("transposed convolution", "resize and convolve")
+        return conv_transpose(g, x, w, b, s, p, more, groups, d)
     return conv(g, x, w, b, s, p, d, groups)
+
+
+@aten("conv_transpose2d")
+def conv_transpose(g: Builder, x: Act, w: Any, b: Any, s: Any, p: Any, more: Any, groups: int, d: Any) -> Act:
+    return layers.conv_transpose(g, active(x), w, b, pair(s), pair(p) * 2, pair(more), pair(d), groups)
+
+
+@aten("upsample_nearest2d.vec")
+def nearest(g: Builder, x: Act, size: Any, factors: Any) -> Act:
+    return layers.resize_nearest(g, x, layers.resized(x, size, factors), "asymmetric", "floor")
+
+
+@aten("_upsample_nearest_exact2d.vec")
+def nearest_exact(g: Builder, x: Act, size: Any, factors: Any) -> Act:
+    return layers.resize_nearest(g, x, layers.resized(x, size, factors), "half_pixel", "round_prefer_ceil")
+
+
+@aten("upsample_bilinear2d.vec")
+def bilinear(g: Builder, x: Act, size: Any, aligned: bool, factors: Any) -> Act:
+    coordinates = "align_corners" if aligned else "half_pixel"
+    return layers.resize_bilinear(g, x, layers.resized(x, size, factors), coordinates)
+
+
+@aten("upsample_nearest2d.default")
+def nearest_sized(g: Builder, x: Act, size: Any, *factors: Any) -> Act:
+    return nearest(g, x, _agreed(x, size, factors), None)
+
+
+@aten("_upsample_nearest_exact2d.default")
+def nearest_exact_sized(g: Builder, x: Act, size: Any, *factors: Any) -> Act:
+    return nearest_exact(g, x, _agreed(x, size, factors), None)
+
+
+@aten("upsample_bilinear2d.default")
+def bilinear_sized(g: Builder, x: Act, size: Any, aligned: bool, *factors: Any) -> Act:
+    return bilinear(g, x, _agreed(x, size, factors), aligned, None)
+
+
+def _agreed(x: Act, size: Sequence[int], factors: Sequence[float | None]) -> Sequence[int]:
+    """``size``, which the factors (None: not given) must lead to: they give the coordinates."""
+    given = [new / old if f is None else f for f, new, old in zip(factors, size, x.shape[2:], strict=True)]
+    layers.resized(x, None, given)
+    return size
 
 
 @aten("batch_norm")

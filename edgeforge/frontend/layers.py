@@ -10,6 +10,8 @@ import numpy as np
 
 from edgeforge.frontend.builder import Act, Builder, Const, Refused, Tensor
 from edgeforge.ir.types import QParams, TensorType
+from edgeforge.ops import _resize
+from edgeforge.ops import resize_nearest as resize_nearest_op
 
 # ---------------------------------------------------------------------------------------------------- convolutions
 
@@ -64,6 +66,73 @@ def conv(
         "groups": int(groups),
     }
     return g.emit("conv2d", x, weight, *([] if bias is None else [bias]), **attrs)
+
+
+def conv_transpose(
+    g: Builder,
+    x: Act,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    pads: Sequence[int],
+    more: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Act:
+    """2-d transposed convolution; weights [I, O/groups, KH, KW]. more: output padding."""
+    if isinstance(weight, Act) or isinstance(bias, Act):
+        raise Refused("weights are computed from an input", "make the weights constant")
+    if x.rank != 4 or weight.rank != 4:
+        raise Refused(f"transposed convolution of {x.shape} with weights {weight.shape}", "use ConvTranspose2d")
+    if groups > 1 and weight.shape[1] > 1:
+        raise Refused(f"{groups} groups of a transposed convolution", "one group, or as many as channels in and out")
+    if min(pads) < 0:
+        raise Refused(f"negative padding {tuple(pads)}", "pad the output instead")
+    attrs = {
+        "stride": tuple(map(int, stride)),
+        "pads": tuple(map(int, pads)),
+        "output_padding": tuple(map(int, more)),
+        "dilation": tuple(map(int, dilation)),
+        "groups": int(groups),
+    }
+    weight = weight if groups > 1 else transposed(g, weight)
+    return g.emit("conv_transpose2d", x, weight, *([] if bias is None else [bias]), **attrs)
+
+
+def resized(x: Act, size: Sequence[int] | None, factors: Sequence[float] | None) -> tuple[int, int]:
+    """Height and width of what resizing x [N, C, H, W] makes: ``size``, or the whole numbers that ``factors`` give."""
+    if x.rank != 4:
+        raise Refused(f"resizes {x.shape}", "resize height and width of NCHW")
+    if size is not None:
+        return int(size[0]), int(size[1])
+    assert factors is not None
+    made = [old * factor for old, factor in zip(x.shape[2:], factors, strict=True)]
+    if any(abs(new - round(new)) > 1e-6 * new for new in made):
+        raise Refused(f"resizes {x.shape[2:]} by {tuple(factors)} to fractions of an element", "give the size instead")
+    return round(made[0]), round(made[1])
+
+
+def resize_bilinear(g: Builder, x: Act, size: tuple[int, int], coordinates: str) -> Act:
+    return x if size == x.shape[2:] else g.emit("resize_bilinear", x, size=size, coordinates=coordinates)
+
+
+def resize_nearest(g: Builder, x: Act, size: tuple[int, int], coordinates: str, rounding: str) -> Act:
+    """In ONNX's words; taken where one of the two kinds that runtimes have picks the same elements."""
+    sides = list(zip(x.shape[2:], size, strict=True))
+    wanted = [_resize.floors(_rounded(_resize.place(coordinates, *side), rounding), *side) for side in sides]
+    for kind in resize_nearest_op.ROUNDING:
+        found = [_resize.floors(resize_nearest_op.place(kind, *side), *side) for side in sides]
+        if all(np.array_equal(a, b) for a, b in zip(wanted, found, strict=True)):
+            return x if size == x.shape[2:] else g.emit("resize_nearest", x, size=size, coordinates=kind)
+    what = f"resizes {x.shape[2:]} to {size} with {coordinates} coordinates and {rounding}"
+    raise Refused(what, "asymmetric with floor, or half_pixel with round_prefer_ceil")
+
+
+def _rounded(place: _resize.Place, rounding: str) -> _resize.Place:
+    """A place whose floor is ``rounding`` of ``place``."""
+    step, start, unit = place
+    added = {"floor": 0, "ceil": 2 * unit - 1, "round_prefer_floor": unit - 1, "round_prefer_ceil": unit}
+    return 2 * step, 2 * start + added[rounding], 2 * unit
 
 
 def max_pool(g: Builder, x: Act, kernel: Sequence[int], stride: Sequence[int], pads: Sequence[int], ceil: bool) -> Act:
@@ -146,20 +215,22 @@ def matmul(g: Builder, a: Tensor, b: Tensor) -> Act:
 
 
 def transposed(g: Builder, weight: Const) -> Const:
-    """Weights [I, O] as [O, I]; made once per constant."""
+    """Weights [I, O, ...] as [O, I, ...]; made once per constant."""
     known = g.transposed.get(weight)
     if known is None:
         name = f"{weight.name}.T" if weight.name else ""
-        known = g.transposed[weight] = Const(np.ascontiguousarray(weight.data.T), name, _flipped(weight.kind))
+        known = g.transposed[weight] = Const(
+            np.ascontiguousarray(weight.data.swapaxes(0, 1)), name, _flipped(weight.kind)
+        )
     return known
 
 
 def _flipped(kind: TensorType | None) -> TensorType | None:
-    """The type of the transposed matrix."""
+    """The type with its first two axes swapped."""
     if kind is None or kind.q is None:
         return kind
-    axis = None if kind.q.axis is None else 1 - kind.q.axis
-    return TensorType(kind.shape[::-1], kind.dtype, QParams(kind.q.scale, kind.q.zero, axis))
+    axis = {0: 1, 1: 0}.get(kind.q.axis, kind.q.axis)
+    return TensorType((*kind.shape[1::-1], *kind.shape[2:]), kind.dtype, QParams(kind.q.scale, kind.q.zero, axis))
 
 
 def attention(

@@ -10,7 +10,7 @@ import numpy as np
 
 from edgeforge.frontend import layers
 from edgeforge.frontend.builder import Act, Builder, Const, Refused
-from edgeforge.frontend.onnx_ops import OnnxNode, ints, onnx
+from edgeforge.frontend.onnx_ops import OnnxNode, fixed, ints, onnx
 
 
 def _pads(
@@ -36,6 +36,45 @@ def conv(g: Builder, n: OnnxNode, x: Act, w: Any, b: Any = None) -> Act:
     stride, dilation = n.get("strides", [1] * rank), n.get("dilations", [1] * rank)
     pads = _pads(n, x.shape[2:], w.shape[2:], stride, dilation)
     return layers.conv(g, x, w, b, stride, pads, dilation, n.get("group", 1))
+
+
+@onnx("ConvTranspose")
+def conv_transpose(g: Builder, n: OnnxNode, x: Act, w: Any, b: Any = None) -> Act:
+    rank = x.rank - 2
+    stride, dilation = n.get("strides", [1] * rank), n.get("dilations", [1] * rank)
+    if n.get("auto_pad", "NOTSET") not in ("NOTSET", "", "VALID") or n.get("output_shape", None):
+        raise Refused("pads itself to an output shape", "give the pads")
+    more, pads = n.get("output_padding", [0] * rank), n.get("pads", [0] * 2 * rank)
+    return layers.conv_transpose(g, x, w, b, stride, pads, more, dilation, n.get("group", 1))
+
+
+@onnx("Resize", "Upsample")
+def resize(g: Builder, n: OnnxNode, x: Act, *rest: Any) -> Act:
+    """Resize(x, roi, scales, sizes); before opset 11, and as Upsample: (x, scales), asymmetric and floor."""
+    old = n.op == "Upsample" or n.opset < 11
+    scales, sizes = [part for part in ((*rest, None) if old else (*rest[1:], None, None))][:2]
+    factors = None if scales is None or not scales.data.size else [float(s) for s in fixed(scales, "scale").reshape(-1)]
+    factors = n.get("scales", None) if factors is None and old else factors
+    size = None if old else ints(n, "sizes", sizes)
+    mode, rounding = n.get("mode", "nearest"), n.get("nearest_mode", "round_prefer_floor")
+    coordinates = "asymmetric" if old else n.get("coordinate_transformation_mode", "half_pixel")
+    axes = [axis % x.rank for axis in n.get("axes", range(x.rank))]
+    wanted = dict(zip(axes, size or factors, strict=True))
+    kept = all(wanted.get(axis, 1) in ((x.shape[axis],) if size else (1,)) for axis in axes if axis not in (2, 3))
+    policy = n.get("keep_aspect_ratio_policy", "stretch")
+    if mode not in ("nearest", "linear") or n.get("antialias", 0) or policy != "stretch" or not kept or x.rank != 4:
+        raise Refused(
+            f"resizes {x.shape} by {mode}", "nearest or linear, height and width of NCHW, without antialiasing"
+        )
+    last = [wanted.get(axis, x.shape[axis] if size else 1) for axis in (2, 3)]
+    made = layers.resized(x, last if size else None, last)
+    if coordinates in ("half_pixel_symmetric", "pytorch_half_pixel") and min(made) > 1:
+        coordinates = "half_pixel"  # at whole sizes
+    if coordinates not in ("half_pixel", "asymmetric", "align_corners"):
+        raise Refused(f"resizes with {coordinates} coordinates", "half_pixel, asymmetric or align_corners")
+    if mode == "linear":
+        return layers.resize_bilinear(g, x, made, coordinates)
+    return layers.resize_nearest(g, x, made, coordinates, "floor" if old else rounding)
 
 
 @onnx("MaxPool", "AveragePool")

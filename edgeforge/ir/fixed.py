@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from edgeforge.ir.graph import NodeView
+from edgeforge.ir.op import CONVOLUTIONS
 from edgeforge.ir.types import RANGE, QParams
 
 Array = np.ndarray
@@ -74,7 +75,7 @@ def along_channel(n: NodeView, constants: Array) -> Array:
     """Per-channel constants [C] (or [1]) shaped to broadcast against the node's output."""
     if constants.size == 1:
         return constants.reshape(())
-    axis = 1 if n.node.op == "conv2d" else len(n.out.shape) - 1
+    axis = 1 if n.node.op in CONVOLUTIONS else len(n.out.shape) - 1
     return constants.reshape([-1 if i == axis else 1 for i in range(len(n.out.shape))])
 
 

@@ -11,6 +11,10 @@ from edgeforge.ir.types import TensorType
 
 ACT, WEIGHT, BIAS, INDEX = "activation", "weight", "bias", "index"
 
+#: Layers with weights [O, I, ...] per output channel. Those of images have their channels on axis 1.
+CONVOLUTIONS = ("conv2d", "conv_transpose2d")
+LAYERS = ("linear", *CONVOLUTIONS)
+
 
 @dataclass(frozen=True)
 class Port:

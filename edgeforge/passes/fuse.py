@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from edgeforge.ir.graph import Graph, Node
+from edgeforge.ir.op import CONVOLUTIONS, LAYERS
 from edgeforge.ir.types import TensorType, Value
 
-CLAMPABLE = ("conv2d", "linear", "add")
+CLAMPABLE = (*LAYERS, "add")
 
 
 def fuse_batch_norm(graph: Graph) -> Graph:
@@ -21,7 +22,7 @@ def fuse_batch_norm(graph: Graph) -> Graph:
             continue
         data, other = _constant_operand(graph, node)
         dot = replaced.get(other, producers.get(other)) if data is not None else None
-        if dot is None or dot.op not in ("conv2d", "linear") or "clamp" in dot.attrs:
+        if dot is None or dot.op not in LAYERS or "clamp" in dot.attrs:
             continue
         if len(users[other]) != 1 or other in graph.outputs:
             continue
@@ -44,7 +45,7 @@ def _constant_operand(graph: Graph, node: Node) -> tuple[np.ndarray | None, str]
 
 
 def _per_channel(data: np.ndarray, op: str, channels: int, rank: int) -> np.ndarray | None:
-    axis = 1 if op == "conv2d" else rank - 1
+    axis = 1 if op in CONVOLUTIONS else rank - 1
     full = data.reshape((1,) * (rank - data.ndim) + data.shape) if data.ndim <= rank else None
     if full is None or any(size != 1 for d, size in enumerate(full.shape) if d != axis):
         return None

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from edgeforge.ir.graph import Graph, Node
+from edgeforge.ir.op import LAYERS
 from edgeforge.ir.types import TensorType, Value
 from edgeforge.passes.dead import remove_dead
 
@@ -61,7 +62,7 @@ def _hoist(graph: Graph, node: Node) -> Graph:
     chain: list[Node] = []
     while name in producers and len(users[name]) == 1 and name not in graph.outputs:
         made = producers[name]
-        if made.op in ("linear", "conv2d") and "clamp" not in made.attrs and chain:
+        if made.op in LAYERS and "clamp" not in made.attrs and chain:
             return _scaled_by(graph, node, chain, Node("mul", (name, scale), f"{name}.scaled", {}, node.source))
         if terms := _rotary(graph, made, producers, users):
             return _scaled_tables(graph, node, terms, float(data.reshape(())))

@@ -10,7 +10,7 @@ import numpy as np
 
 from edgeforge.errors import Reason, Unsupported
 from edgeforge.ir.graph import Graph, Node
-from edgeforge.ir.op import ACT, OPS
+from edgeforge.ir.op import ACT, LAYERS, OPS
 from edgeforge.ir.types import BITS, RANGE, QParams, TensorType
 from edgeforge.quantize.calibrate import Range
 from edgeforge.recipe import Override, Precision, Recipe, Width
@@ -209,7 +209,7 @@ def _check(graph: Graph, precision: Mapping[str, Precision], types: Mapping[str,
         if node.op in target.unsupported:
             reasons.append(Reason(where, node.op, target.unsupported[node.op], "replace the op in the model"))
         name = precision[node.output].name
-        if node.op in ("linear", "conv2d") and name not in target.precisions:
+        if node.op in LAYERS and name not in target.precisions:
             remedy = f'set overrides for "{where}" to {nearest(name, target.precisions)}'
             offers = ", ".join(target.precisions)
             reasons.append(Reason(where, node.op, f"{name} is not offered (offers {offers})", remedy))

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 
 from edgeforge.ir.graph import Graph, Node
-from edgeforge.ir.op import OPS
+from edgeforge.ir.op import CONVOLUTIONS, LAYERS, OPS
 from edgeforge.ir.types import RANGE, TensorType, Value
 
 
 def correct_biases(graph: Graph, quantized: Graph, feeds: Mapping[str, np.ndarray]) -> Graph:
     """``graph`` (float) with new biases, such that per output channel the mean over ``feeds`` of each linear and
-    conv2d, before its fused activation, is that of the float model when the encodings of ``quantized`` are in force.
+    convolution, before its fused activation, is that of the float model when the encodings of ``quantized``
+    are in force.
 
     feeds: real inputs [N, ...]; all N are in memory at once, in both versions."""
     exact = {name: torch.from_numpy(np.array(feeds[name])) for name in graph.inputs}
@@ -36,8 +37,8 @@ def correct_biases(graph: Graph, quantized: Graph, feeds: Mapping[str, np.ndarra
                 got = _run(quantized, _plain(node), rounded)
             else:
                 wanted, got = _run(graph, _plain(original), exact), _run(quantized, _plain(node), rounded)
-                if original.op in ("linear", "conv2d") and (node.op == original.op or "clamp" not in original.attrs):
-                    axis = 1 if original.op == "conv2d" else wanted.ndim - 1
+                if original.op in LAYERS and (node.op == original.op or "clamp" not in original.attrs):
+                    axis = 1 if original.op in CONVOLUTIONS else wanted.ndim - 1
                     shift = (wanted - got).mean([i for i in range(wanted.ndim) if i != axis])
                     old = graph.values[original.inputs[2]].data if len(original.inputs) == 3 else np.float32(0)
                     biases[node.output] = old + shift.numpy()

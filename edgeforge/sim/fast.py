@@ -21,6 +21,7 @@ from edgeforge.ir.graph import Graph, NodeView
 from edgeforge.ir.op import OPS
 from edgeforge.ir.rules import RULES
 from edgeforge.ir.types import NUMPY
+from edgeforge.ops.conv_transpose2d import Phase, phases
 from edgeforge.sim import compiled
 from edgeforge.sim.reference import Array, Reference
 from edgeforge.sim.rounding import Finish, finish, lanewise, pairwise, rowwise
@@ -123,6 +124,23 @@ def _conv2d(n: NodeView, x: Array, w: Array, b: Array | None = None) -> Array:
     _, channels, height, width = n.out.shape
     codes = _dot(n, layer, x.transpose(0, 2, 3, 1), (height, width))
     return codes.reshape(-1, height, width, channels).transpose(0, 3, 1, 2)
+
+
+def _conv_transpose2d(n: NodeView, x: Array, w: Array, b: Array | None = None) -> Array:
+    """One convolution per place within a stride."""
+
+    def prepare() -> list[tuple[Phase, Layer]]:
+        found = []
+        for phase in phases(n, w):
+            windows = Windows(phase.weights.shape[2:], corner=phase.corner)
+            found.append((phase, _layer(n, windows, phase.weights, b, n["groups"])))
+        return found
+
+    image, y = x.transpose(0, 2, 3, 1), np.empty((len(x), *n.out.shape[1:]), NUMPY[n.out.dtype])
+    for phase, layer in _once(n, prepare):
+        codes = _dot(n, layer, image, phase.size).reshape(len(x), *phase.size, -1)
+        y[:, :, phase.rows, phase.columns] = codes.transpose(0, 3, 1, 2)
+    return y
 
 
 def _layer(n: NodeView, windows: Windows, w: Array, bias: Array | None, groups: int) -> Layer:
@@ -344,4 +362,9 @@ def _flat(x: Array, first: Array) -> Array:
     return np.ascontiguousarray(np.broadcast_to(x, first.shape).transpose(_memory_order(first))).reshape(-1)
 
 
-_KERNELS: dict[str, Callable[..., Array | None]] = {"linear": _linear, "conv2d": _conv2d, "matmul": _matmul}
+_KERNELS: dict[str, Callable[..., Array | None]] = {
+    "linear": _linear,
+    "conv2d": _conv2d,
+    "conv_transpose2d": _conv_transpose2d,
+    "matmul": _matmul,
+}

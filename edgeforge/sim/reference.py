@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 
 from edgeforge.ir.graph import NodeView
-from edgeforge.ir.op import OPS
+from edgeforge.ir.op import CONVOLUTIONS, OPS
 from edgeforge.ir.rules import RULES
 from edgeforge.ir.rules.htp import join_bytes
 
@@ -57,7 +57,7 @@ class Reference:
         weight_sum (per output channel) takes the zero point out again."""
         offset, added = n.zero(0) * weight_sum, n.fixed.get("bias", bias)
         added = np.int64(0) if added is None else added.astype(np.int64)
-        if n.node.op == "conv2d":
+        if n.node.op in CONVOLUTIONS:
             offset, added = offset.reshape(-1, 1, 1), added.reshape(-1, 1, 1) if added.ndim else added
         rule = RULES[n.node.rule]
         if rule.bytewise:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from edgeforge.ir.graph import NodeView
+from edgeforge.ir.op import CONVOLUTIONS
 from edgeforge.ir.rules import RULES
 from edgeforge.ir.rules.htp_norm import QUARTERS
 from edgeforge.ir.types import NUMPY
@@ -62,7 +63,7 @@ class Finish:
 def _apply(n: NodeView, sums: Array) -> Array:
     """The rule on sums [rows, channels], which it sees with the rank and the channel axis of the node's output."""
     apply, rank = RULES[n.node.rule].apply, len(n.out.shape)
-    if n.node.op == "conv2d":
+    if n.node.op in CONVOLUTIONS:
         return apply(n, sums.T[None, :, :, None])[0, :, :, 0].T
     return apply(n, sums.reshape((1,) * (rank - 2) + sums.shape)).reshape(sums.shape)
 

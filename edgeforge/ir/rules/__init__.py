@@ -44,6 +44,8 @@ def _kinds(n: NodeView) -> Iterator[str]:
         yield "softmax_narrow"
     if covers_image(n):
         yield "global"
+    if n.node.op == "resize_bilinear" and _doubles(n):
+        yield "doubled"
     if OPS[n.node.op].numerics == "dot" and n.type(1).dtype == "i4":
         yield "dot_i4"
     if n.node.op == "requantize" and _beside_table(n):
@@ -59,6 +61,12 @@ def averages_apart(n: NodeView) -> bool:
     """Whether Hexagon averages as a depthwise convolution: those of strides above 4 it refuses, those of 2 to 4
     channels it computes wrongly."""
     return n.shape(0)[1] > 4 and max(n["stride"]) <= 4
+
+
+def _doubles(n: NodeView) -> bool:
+    """Whether bilinear resizing puts one place between every two of the input, along both axes."""
+    extra = {"asymmetric": 0, "align_corners": 1}.get(n["coordinates"])
+    return extra is not None and all(new == 2 * old - extra for old, new in zip(n.shape(0)[2:], n["size"], strict=True))
 
 
 def _beside_table(n: NodeView) -> bool:

@@ -133,7 +133,7 @@ def _apply_norm(n: NodeView, x: Array, w: Array, b: Array | None = None) -> Arra
 Profile = dict[str, dict[str, str]]
 
 #: The rounded exact value, for families whose rule on a runtime is not known.
-EXACT_VALUE = {name: name for name in ("add", "sub", "mul", "mean", "table", "softmax", "norm")}
+EXACT_VALUE = {name: name for name in ("add", "sub", "mul", "mean", "table", "softmax", "norm", "resize")}
 
 NOTE = "rounded exact value"
 RULES = (

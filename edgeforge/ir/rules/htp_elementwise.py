@@ -208,7 +208,7 @@ def _weighted(n: NodeView, a: Array, b: Array) -> Array:
 
 
 def _apply_sum8(n: NodeView, a: Array, b: Array) -> Array:
-    """``((left * a + right * b + offset) >> 8) >> (shift - 8)``, the last to the left where it is negative; or a table."""
+    """``((left * a + right * b + offset) >> 8) >> (shift - 8)``, the last one to the left below 8; or a table."""
     if "table" in n.fixed:
         return _look_up(n, a, b)
     return saturate(n, shift_right(_weighted(n, a, b) >> 8, n.fixed["shift"] - 8) - n.q(-1).zero)

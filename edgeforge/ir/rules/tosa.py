@@ -11,6 +11,7 @@ import numpy as np
 from edgeforge.ir.fixed import Array, Constants, Rule, along_channel, ratios, saturate, with_range
 from edgeforge.ir.graph import NodeView
 from edgeforge.ir.rules.exact import EXACT_VALUE, Profile, apply_table, derive_table
+from edgeforge.ir.rules.resize import Taps, mixed, no_constants
 
 #: Both operands of a sum are brought to 2**-20 of twice the larger scale.
 SUM_BITS = 20
@@ -101,6 +102,12 @@ def _apply_average(n: NodeView, total: Array) -> Array:
     return _apply_scaled(n, apply_scale_32(total, *reciprocal_scale(int(np.prod(n["kernel"])))))
 
 
+def _apply_resize(n: NodeView, x: Array, rows: Taps, columns: Taps) -> Array:
+    """RESIZE's sum of signed codes, then RESCALE."""
+    total = mixed(mixed(x.astype(np.int64) - 128, 2, rows), 3, columns)
+    return (apply_scale_32(total, *scale_32(1 / (rows[3] * columns[3]))) + 128).astype(x.dtype)
+
+
 RULES = (
     Rule("tosa_dot", _derive_dot, _apply_dot, "exact"),
     Rule("tosa_sum", _derive_sum, _apply_sum, "exact"),
@@ -108,6 +115,7 @@ RULES = (
     Rule("tosa_requantize", _derive_requantize, _apply_requantize, "exact"),
     Rule("tosa_mean", _derive_mean, _apply_scaled, "exact"),
     Rule("tosa_average", _derive_requantize, _apply_average, "exact"),
+    Rule("tosa_resize", no_constants, _apply_resize, "exact"),
     Rule("tosa_table", derive_table, apply_table, "exact"),
     Rule("tosa_dot16", _derive_dot, _apply_dot, "unverified", "16-bit codes of TOSA have no zero point"),
 )
@@ -118,6 +126,7 @@ _TOSA8 = {
     "mul": "tosa_mul",
     "mean": "tosa_mean",
     "avg_pool": "tosa_average",
+    "resize": "tosa_resize",
     "table": "tosa_table",
     "requantize": "tosa_requantize",
 }
