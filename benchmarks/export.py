@@ -262,7 +262,7 @@ class Job:
             return {"written GB": f"{made['bytes'] / 1e9:.2f}"}
         if self.kind == "decode":
             names = {"tokens_per_second": "tokens/s", "best_ms": "best ms", "processor_ms": "processor ms"}
-            return {text: f"{made[key]:.3g}" for key, text in names.items()}
+            return {text: f"{made[key]:.4g}" for key, text in names.items()}
         equal = f"{made['equal']:,} of {made['integers']:,}"
         return {
             "compile s": f"{made['compile_seconds']:.0f}",
@@ -291,8 +291,9 @@ SECTIONS = (
         f"""\
 Ours makes two graphs (prefill and decode), golden steps and a golden generation, and checks the bundle that it wrote.
 *quantize_static* is ONNX Runtime's (QDQ, per channel, minimum and maximum), on the float prefill graph as torch exports
-it, calibrated on the same steps. A process that needs more than {MOST_BYTES / 1e9:.0f} GB, or leaves the system less
-than {LEFT_BYTES / 1e9:.0f} GB, is stopped; its seconds are those until then.""",
+it, calibrated on the same steps; it ran with as many layers as memory allowed. A process that needs more than
+{MOST_BYTES / 1e9:.0f} GB, or leaves others less than {LEFT_BYTES / 1e9:.0f} GB, is stopped here or by the system; its
+seconds are those until then.""",
     ),
     (
         "Decode",
@@ -414,9 +415,9 @@ INTRODUCTION = f"""\
 Written by `python -m benchmarks.export FOLDER --write docs/scale.md`: width 2048, MLP 8192, 32 heads on 8, vocabulary
 128,256, random weights (bfloat16 files of one layer each), target {TARGET}, context {CONTEXT}, prefill steps of {CHUNK}
 tokens, calibration on {SEQUENCES} sequences (minimum and maximum). Each row is a child process. *processor* sums the
-seconds of all threads and descendants, which other work on the machine changes little; *wall* is what passed, *load*
-the mean number of processes that wanted a core meanwhile. *peak* is the largest memory of the process tree without
-pages mapped from files, in GB and as a multiple of the float32 weights; *mapped* counts those too.
+seconds of all threads and descendants, which other work on the machine changes less than *wall*, the time that passed;
+*load* is the mean number of processes that wanted a core meanwhile. *peak* is the largest memory of the process tree without
+pages mapped from files, in GB and as a multiple of the float32 weights; *with mapped* counts those too.
 """
 
 
@@ -430,7 +431,7 @@ def page(folder: Path) -> str:
         if not chosen:
             continue
         extra = list(dict.fromkeys(key for _, job, made in chosen for key in job.shown(made)))
-        head = ["", "layers", "processor s", "wall s", "load", "peak GB", "x float32", "mapped GB", *extra, "date"]
+        head = ["", "layers", "processor s", "wall s", "load", "peak GB", "x float32", "with mapped GB", *extra, "date"]
         lines += [f"## {title}", "", note, "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for name, job, made in chosen:
             shown = job.shown(made)
