@@ -291,7 +291,7 @@ SECTIONS = (
         f"""\
 Ours makes two graphs (prefill and decode), golden steps and a golden generation, and checks the bundle that it wrote.
 *quantize_static* is ONNX Runtime's (QDQ, per channel, minimum and maximum), on the float prefill graph as torch exports
-it, calibrated on the same steps; it ran with as many layers as memory allowed. A process that needs more than
+it, calibrated on the same steps; it was run on few layers, because of its memory. A process that needs more than
 {MOST_BYTES / 1e9:.0f} GB, or leaves others less than {LEFT_BYTES / 1e9:.0f} GB, is stopped here or by the system; its
 seconds are those until then.""",
     ),
@@ -416,8 +416,8 @@ Written by `python -m benchmarks.export FOLDER --write docs/scale.md`: width 204
 128,256, random weights (bfloat16 files of one layer each), target {TARGET}, context {CONTEXT}, prefill steps of {CHUNK}
 tokens, calibration on {SEQUENCES} sequences (minimum and maximum). Each row is a child process. *processor* sums the
 seconds of all threads and descendants, which other work on the machine changes less than *wall*, the time that passed;
-*load* is the mean number of processes that wanted a core meanwhile. *peak* is the largest memory of the process tree without
-pages mapped from files, in GB and as a multiple of the float32 weights; *with mapped* counts those too.
+*load* is the mean number of processes that wanted a core meanwhile. *peak* is the largest memory of the process tree
+without pages mapped from files, in GB and as a multiple of the float32 weights; *with mapped* counts those too.
 """
 
 
