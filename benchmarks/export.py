@@ -40,8 +40,8 @@ RECIPE = (
 )  # fmt: skip
 #: Decode steps that are timed, behind those that prepare.
 STEPS, WARM = 16, 2
-#: A child that needs more is stopped: this machine has work besides.
-MOST_BYTES = 12.5 * 2**30
+#: A child that needs more, or leaves less to others, is stopped.
+MOST_BYTES, LEFT_BYTES = 11e9, 2e9
 
 
 def model_folder(folder: Path, layers: int) -> Path:
@@ -262,7 +262,7 @@ class Job:
             return {"written GB": f"{made['bytes'] / 1e9:.2f}"}
         if self.kind == "decode":
             names = {"tokens_per_second": "tokens/s", "best_ms": "best ms", "processor_ms": "processor ms"}
-            return {text: f"{made[key]:.3g}" for key, text in names.items()}
+            return {text: f"{made[key]:.4g}" for key, text in names.items()}
         equal = f"{made['equal']:,} of {made['integers']:,}"
         return {
             "compile s": f"{made['compile_seconds']:.0f}",
@@ -291,7 +291,9 @@ SECTIONS = (
         f"""\
 Ours makes two graphs (prefill and decode), golden steps and a golden generation, and checks the bundle that it wrote.
 *quantize_static* is ONNX Runtime's (QDQ, per channel, minimum and maximum), on the float prefill graph as torch exports
-it, calibrated on the same steps. A process that needs more than {MOST_BYTES / 1e9:.1f} GB is stopped.""",
+it, calibrated on the same steps; it was run on few layers, because of its memory. A process that needs more than
+{MOST_BYTES / 1e9:.0f} GB, or leaves others less than {LEFT_BYTES / 1e9:.0f} GB, is stopped here or by the system; its
+seconds are those until then.""",
     ),
     (
         "Decode",
@@ -331,6 +333,12 @@ def memory(process: Path) -> tuple[int, int]:
     return own, every
 
 
+def _available() -> int:
+    """Bytes that the system can still give (Linux)."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+
+
 def watched(name: str, folder: Path, layers: int) -> dict[str, Any]:
     """Figures of one job in a child process."""
     result = figures_file(folder, name, layers).with_suffix(".result")
@@ -342,7 +350,7 @@ def watched(name: str, folder: Path, layers: int) -> dict[str, Any]:
     while child.poll() is None:
         now = memory(Path(f"/proc/{child.pid}"))
         peaks = (max(peaks[0], now[0]), max(peaks[1], now[1]))
-        if now[0] > MOST_BYTES:
+        if now[0] > MOST_BYTES or _available() < LEFT_BYTES:
             stopped = True
             child.kill()
         time.sleep(0.1)
@@ -407,9 +415,9 @@ INTRODUCTION = f"""\
 Written by `python -m benchmarks.export FOLDER --write docs/scale.md`: width 2048, MLP 8192, 32 heads on 8, vocabulary
 128,256, random weights (bfloat16 files of one layer each), target {TARGET}, context {CONTEXT}, prefill steps of {CHUNK}
 tokens, calibration on {SEQUENCES} sequences (minimum and maximum). Each row is a child process. *processor* sums the
-seconds of all threads and descendants, which other work on the machine changes little; *wall* is what passed, *load*
-the mean number of processes that wanted a core meanwhile. *peak* is the largest memory of the process tree without
-pages mapped from files, in GB and as a multiple of the float32 weights; *mapped* counts those too.
+seconds of all threads and descendants, which other work on the machine changes less than *wall*, the time that passed;
+*load* is the mean number of processes that wanted a core meanwhile. *peak* is the largest memory of the process tree
+without pages mapped from files, in GB and as a multiple of the float32 weights; *with mapped* counts those too.
 """
 
 
@@ -423,7 +431,7 @@ def page(folder: Path) -> str:
         if not chosen:
             continue
         extra = list(dict.fromkeys(key for _, job, made in chosen for key in job.shown(made)))
-        head = ["", "layers", "processor s", "wall s", "load", "peak GB", "x float32", "mapped GB", *extra, "date"]
+        head = ["", "layers", "processor s", "wall s", "load", "peak GB", "x float32", "with mapped GB", *extra, "date"]
         lines += [f"## {title}", "", note, "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for name, job, made in chosen:
             shown = job.shown(made)
@@ -445,9 +453,9 @@ def _machine() -> str:
 
 
 def _resources(made: dict[str, Any]) -> list[str]:
-    peak, stopped = made["own"] / 1e9, made["exit"] == "stopped"
+    peak = made["own"] / 1e9
     share = made["own"] / (4 * made["parameters"])
-    more = "stopped at " if stopped else ""
+    more = "" if made["exit"] == 0 else "stopped at "
     return [
         str(made["layers"]), f"{made['processor']:.0f}", f"{made['seconds']:.0f}", f"{made['load']:.0f}",
         f"{more}{peak:.2f}", f"{more}{share:.2f}", f"{made['resident'] / 1e9:.1f}",

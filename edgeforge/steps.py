@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,8 +66,8 @@ def resumable(out: Path, key: str, say: Callable[[str], None]) -> Iterator[Steps
     stay beside ``out``, for an export with the same ``key``; one with another key removes them."""
     writable(out)
     place = out.parent / f".{out.name}.{key[:16]}.part"
-    for other in out.parent.glob(f".{out.name}.*.part"):
-        if other != place:
+    for other in out.parent.iterdir():
+        if re.fullmatch(rf"\.{re.escape(out.name)}\.[^.]+\.part", other.name) and other != place:
             shutil.rmtree(other)
     steps = Steps(place / "bundle", place / "done", say)
     for folder in (steps.folder, steps.done):

@@ -82,3 +82,16 @@ def test_sums_of_weights_bound_the_accumulator_exactly():
     w, b = np.random.default_rng(0).integers(-127, 128, (3, 4)).astype(np.int8), np.array([5, -900, 7])
     x = np.stack(np.meshgrid(*[[-20, 235]] * 4), -1).reshape(-1, 4)
     assert dot_bound(signed_sums(w), b, -20, 235) == np.abs(x @ w.T.astype(np.int64) + b).max()
+
+
+def test_methods_of_one_program_hold_one_copy_of_each_constant():
+    from edgeforge.dialects.pt2e import SignedModule, share_constants
+
+    graph, other = (make_case("linear", "w8a8", number, 2).graph for number in (1, 2))
+    modules = [SignedModule(graph), SignedModule(graph), SignedModule(other)]
+    before = [buffer.clone() for buffer in modules[2].buffers()]
+    share_constants(modules)
+    for name, buffer in modules[0].named_buffers():
+        if name.startswith("c"):
+            assert modules[1].get_buffer(name) is buffer
+    assert all(torch.equal(a, b) for a, b in zip(before, modules[2].buffers(), strict=True))

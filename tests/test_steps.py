@@ -80,6 +80,12 @@ def test_a_step_that_was_stopped_inside_counts_for_nothing(tmp_path):
     assert (tmp_path / "out" / "graph.txt").read_text() == "codes"
 
 
+def test_another_output_is_left_alone(tmp_path):
+    stopped(tmp_path / "out.w8", "key", made)
+    stopped(tmp_path / "out", "other", made)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.other.part", ".out.w8.key.part"]
+
+
 def test_another_key_starts_over_and_a_refusal_leaves_nothing(tmp_path):
     out, calls = tmp_path / "out", []
     stopped(out, "key", lambda steps: made(steps, "first", calls))

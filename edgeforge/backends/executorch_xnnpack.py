@@ -74,7 +74,10 @@ class ExecutorchXnnpack:
     def compile_together(self, graphs: Mapping[str, Graph], target: Target, folder: Path, shared: bool) -> Artifact:
         """One program with a method of each graph's part; constants of equal bytes are in it once."""
         with _quiet(self.name):
-            (folder / MODEL).write_bytes(_lower({part or "forward": graph for part, graph in graphs.items()}))
+            program = _lower({part or "forward": graph for part, graph in graphs.items()})
+            with (folder / MODEL).open("wb") as stream:
+                program.write_to_file(stream)
+            del program
         for part, graph in graphs.items():
             # A graph can lower and then fail at load: run it once.
             first = {name: np.zeros(graph.type(name).shape, NUMPY[graph.type(name).dtype]) for name in graph.inputs}
@@ -98,7 +101,7 @@ class ExecutorchXnnpack:
                 _unsafe_reset_threadpool(threads)
             # The program must outlive its method: the runtime keeps no reference.
             file, name = method_in(folder)
-            program = Runtime.get().load_program(file.read_bytes())
+            program = Runtime.get().load_program(file)
             method = program.load_method(name)
 
         def step(piece: Codes) -> dict[str, np.ndarray]:
@@ -120,20 +123,21 @@ def method_in(folder: Path) -> tuple[Path, str]:
     return (own, "forward") if own.is_file() else (folder.parent / MODEL, folder.name)
 
 
-def _lower(graphs: Mapping[str, Graph]) -> bytes:
+def _lower(graphs: Mapping[str, Graph]) -> Any:
     """A program with a method for each graph."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
     from torch.export import export
 
-    from edgeforge.dialects.pt2e import SignedModule, example_inputs
+    from edgeforge.dialects.pt2e import SignedModule, example_inputs, share_constants
 
     modules = {method: SignedModule(graph).eval() for method, graph in graphs.items()}
+    share_constants(list(modules.values()))
     programs = {method: export(module, example_inputs(module), strict=False) for method, module in modules.items()}
     partitioners = {method: [XnnpackPartitioner()] for method in graphs}
     config = EdgeCompileConfig(_check_ir_validity=False)
     edge = to_edge_transform_and_lower(programs, partitioner=partitioners, compile_config=config)
-    return edge.to_executorch().buffer
+    return edge.to_executorch()
 
 
 def islands(graph: Graph) -> tuple[str, ...]:

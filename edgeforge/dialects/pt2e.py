@@ -4,6 +4,7 @@ shared one makes XNNPACK's partitioner report dependency cycles, and QNN's give 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -198,6 +199,16 @@ def signed(codes: np.ndarray) -> np.ndarray:
 def unsigned(codes: np.ndarray) -> np.ndarray:
     """Inverse of `signed`."""
     return (codes.astype(np.int16) + OFFSET).astype(np.uint8)
+
+
+def share_constants(modules: Sequence[_Module]) -> None:
+    """Constants that the modules' graphs hold under one name become one tensor where their bytes are equal."""
+    first, *others = modules
+    for module in others:
+        for name, i in module.index.items():
+            own, known = f"c{i}", f"c{first.index.get(name, -1)}"
+            if hasattr(first, known) and torch.equal(getattr(first, known), getattr(module, own)):
+                setattr(module, own, getattr(first, known))
 
 
 def example_inputs(module: _Module) -> tuple[torch.Tensor, ...]:

@@ -105,7 +105,11 @@ class QParams:
 
     def dequantize(self, code: np.ndarray) -> np.ndarray:
         """float32 values of ``code``: the product is rounded once, as DequantizeLinear does."""
-        return (code.astype(np.int64) - self.zero).astype(np.float32) * self.broadcast(code.shape)
+        code = np.asarray(code)
+        scale, real = np.broadcast_to(self.broadcast(code.shape), code.shape), np.empty(code.shape, np.float32)
+        for rows in row_blocks(code.shape):
+            real[rows] = (code[rows].astype(np.int64) - self.zero).astype(np.float32) * scale[rows]
+        return real
 
 
 @dataclass(frozen=True)
