@@ -229,7 +229,7 @@ def section(key: str, row: dict[str, Any]) -> list[str]:
     what = f"{row['text']}: {row['tokens']} tokens in all windows, {row['few_tokens']} in the {few}."
     lines = ["", f"## {key}", "", what, ""]
     lines += [f"| engine | all | {few} | prefill | decode | greedy | tokens/s |", "|---|---|---|---|---|---|---|"]
-    reference = row["engines"]["simulator"]["tokens"]
+    reference = row["engines"]["simulator"].get("tokens", ())
     for engine, found in row["engines"].items():
         numbers = [f"{found[part]:.4f}" if part in found else "" for part in ("all", "few")]
         numbers += [_share(found[part]) if part in found else "" for part in ("prefill", "decode")]
