@@ -275,6 +275,11 @@ def _is_wrong(node: Node, graph: Graph) -> bool:
     return small and shape[1:] == (1, 2, 2) and node.attrs["stride"] == (2, 2)
 
 
+def _is_refused(node: Node, graph: Graph) -> bool:
+    w = graph.type(node.inputs[1])
+    return w.dtype == "i4" and w.shape[0] == 1 and len(node.inputs) == 3
+
+
 def refusals(graph: Graph, target: Target) -> list[Reason]:
     """Forms of products and convolutions that HTP rejects or computes wrongly."""
     reasons = []
@@ -284,6 +289,9 @@ def refusals(graph: Graph, target: Target) -> list[Reason]:
         if node.op == "conv2d" and _is_wrong(node, graph):
             why = "HTP computes 8-bit depthwise 2x2 convolutions of stride 2 wrongly for 2 to 4 channels"
             reasons.append(Reason(node.source or node.output, node.op, why, "a dense convolution, or w8a16"))
+        if node.op == "conv_transpose2d" and _is_refused(node, graph):
+            why = "HTP's compiler takes no bias beside 4-bit weights of one output channel here"
+            reasons.append(Reason(node.source or node.output, node.op, why, "8-bit weights, or no bias"))
         where, a, b = node.source or node.output, graph.type(node.inputs[0]), graph.type(node.inputs[1])
         assert b.q is not None
         if b.q.block is not None and a.dtype == "u8":
