@@ -299,6 +299,11 @@ def _never_ends(node: Node, graph: Graph) -> bool:
     return bool(exponent >= -2 and 0.5 < fraction < 0.5 + 2.0**-16)
 
 
+def _is_refused(node: Node, graph: Graph) -> bool:
+    w = graph.type(node.inputs[1])
+    return w.dtype == "i4" and w.shape[0] == 1 and len(node.inputs) == 3
+
+
 def refusals(graph: Graph, target: Target) -> list[Reason]:
     """What is too large for one context; forms of products and convolutions that HTP rejects or computes wrongly."""
     reasons, producers = [], graph.producers()
@@ -313,6 +318,9 @@ def refusals(graph: Graph, target: Target) -> list[Reason]:
             why = "HTP mixes up the rows of an 8-bit product for 2 heads of 8 rows each"
             remedy = "another number of rows (language.chunk), or w4a16-b32"
             reasons.append(Reason(node.source or node.output, node.op, why, remedy))
+        if node.op == "erf":
+            where = node.source or node.output
+            reasons.append(Reason(where, node.op, "HTP has no kernel for it", "GELU as one op, which it has"))
         if _never_ends(node, graph):
             why = "HTP's compiler does not end at this ratio of scales (s_a * s_b / s_y just above a power of two)"
             reasons.append(Reason(node.source or node.output, node.op, why, "another range of the output"))
@@ -321,6 +329,9 @@ def refusals(graph: Graph, target: Target) -> list[Reason]:
         if node.op == "conv2d" and _is_wrong(node, graph):
             why = "HTP computes 8-bit depthwise 2x2 convolutions of stride 2 wrongly for 2 to 4 channels"
             reasons.append(Reason(node.source or node.output, node.op, why, "a dense convolution, or w8a16"))
+        if node.op == "conv_transpose2d" and _is_refused(node, graph):
+            why = "HTP's compiler takes no bias beside 4-bit weights of one output channel here"
+            reasons.append(Reason(node.source or node.output, node.op, why, "8-bit weights, or no bias"))
         where, a, b = node.source or node.output, graph.type(node.inputs[0]), graph.type(node.inputs[1])
         assert b.q is not None
         if b.q.block is not None and a.dtype == "u8":

@@ -18,7 +18,7 @@ import numpy as np
 
 from edgeforge.backends import HTP_EMULATOR, Artifact, Codes, Edit, Step, _htp
 from edgeforge.backends._child import in_child, run_in_child, save_arrays, served
-from edgeforge.backends.executorch_xnnpack import MODEL, method_in, wrong_executorch
+from edgeforge.backends.executorch_xnnpack import MODEL, method_in, no_transposed, wrong_executorch
 from edgeforge.backends.ort_qnn import BACKEND as ORT_QNN
 from edgeforge.errors import Reason
 from edgeforge.ir.graph import Graph, Node
@@ -42,7 +42,8 @@ class ExecutorchQnn:
     cannot_run = missing
 
     def refusals(self, graph: Graph, target: Target) -> list[Reason]:
-        return _htp.refusals(graph, target)
+        transposed = [no_transposed(node) for node in graph.nodes if node.op == "conv_transpose2d"]
+        return _htp.refusals(graph, target) + transposed
 
     def prepare(self, graph: Graph, target: Target) -> tuple[Graph, tuple[Edit, ...]]:
         """The graph in the forms that ExecuTorch's lowering and HTP take, and what was changed."""

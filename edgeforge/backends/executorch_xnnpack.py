@@ -18,7 +18,7 @@ from edgeforge.backends._child import in_batches
 from edgeforge.backends._log import new_log, redirected, telling_lines
 from edgeforge.errors import BackendFailed, Reason
 from edgeforge.ir.graph import Graph, Node
-from edgeforge.ir.op import OPS
+from edgeforge.ir.op import LAYERS, OPS
 from edgeforge.ir.types import BITS, NUMPY, TensorType
 from edgeforge.target import Target
 
@@ -27,6 +27,11 @@ VERSION = "1.5.1"
 
 #: Ops with arithmetic that XNNPACK has 8-bit kernels for.
 INTEGER = {"conv2d", "linear", "add", "sub", "mul", "relu", "clip", "requantize", "reduce_mean"}
+
+
+def no_transposed(node: Node) -> Reason:
+    why = "ExecuTorch's partitioners take no transposed convolution with quantized weights [O, I, KH, KW]"
+    return Reason(node.source or node.output, node.op, why, "resize and convolve, or export with onnx_qdq or ort_qnn")
 
 
 def wrong_executorch() -> str:
@@ -52,8 +57,8 @@ class ExecutorchXnnpack:
     cannot_run = missing
 
     def refusals(self, graph: Graph, target: Target) -> list[Reason]:
-        """Graphs without any 8-bit layer (all would run in float), and block-wise weights."""
-        layers = [node for node in graph.nodes if node.op in ("linear", "conv2d")]
+        """Graphs without any 8-bit layer (all would run in float), block-wise weights, transposed convolutions."""
+        layers = [node for node in graph.nodes if node.op in LAYERS]
         wide = all(graph.type(node.inputs[0]).dtype == "u16" for node in layers)
         reasons = []
         for node in layers:
@@ -62,6 +67,8 @@ class ExecutorchXnnpack:
                 continue
             if q is not None and q.block is not None:
                 reasons.append(Reason(where, node.op, "block-wise weights do not lower to XNNPACK", "export at w4a8"))
+            elif node.op == "conv_transpose2d":
+                reasons.append(no_transposed(node))
             elif wide:
                 why = "XNNPACK has no 16-bit integers, and no other layer reads 8-bit activations"
                 remedy = f"export at w{BITS[graph.type(node.inputs[1]).dtype]}a8"

@@ -22,6 +22,7 @@ from edgeforge.ir.fixed import (
 from edgeforge.ir.graph import NodeView
 from edgeforge.ir.op import OPS
 from edgeforge.ir.rules.exact import EXACT_VALUE, Profile, apply_table
+from edgeforge.ir.rules.resize import Taps, mixed, no_constants
 from edgeforge.ir.types import RANGE
 
 
@@ -191,6 +192,13 @@ def _apply_float_binary(n: NodeView, a: Array, b: Array) -> Array:
     return _by_division(n, _real_binary(n, a, b))
 
 
+def _apply_float_resize(n: NodeView, x: Array, rows: Taps, columns: Taps) -> Array:
+    """The mean of real values, as if float32 were exact."""
+    unit = rows[3] * columns[3]
+    total = mixed(mixed(x.astype(np.int64) - n.zero(0), 2, rows), 3, columns)
+    return (np.rint(total / unit).astype(np.int64) + n.zero(0)).astype(x.dtype)
+
+
 FLOAT = "float32 kernel: sums and functions differ in their last bit, so a tie can fall either way"
 RULES = (
     Rule("fp32", _derive_fp32, _apply_fp32, "exact"),
@@ -203,6 +211,7 @@ RULES = (
     Rule("ort_softmax", _derive_ort_softmax, _apply_ort_softmax, "bounded", FLOAT),
     Rule("ort_mean", _derive_ort_mean, _apply_ort_mean, "bounded", FLOAT),
     Rule("ort_float_mean", with_range, _apply_mean_of_floats, "bounded", FLOAT),
+    Rule("float_resize", no_constants, _apply_float_resize, "bounded", FLOAT),
     Rule("ort_float_dot", _derive_fp32, _apply_fp32, "bounded", FLOAT),
     Rule("ort_float_table", _derive_float_table(_by_division), apply_table, "bounded", FLOAT),
     Rule("ort_table", _derive_float_table(_by_division), apply_table, "exact"),
@@ -214,6 +223,7 @@ _XNNPACK = {
     "sub": "xnnpack_sum",
     "mul": "fp32_mul",
     "mean": "fp32_mean",
+    "resize": "float_resize",
     "table": "xnnpack_table",
 }
 #: Functions that are one correctly rounded float32 operation.
@@ -225,12 +235,14 @@ _ORT = {
     "sub": "ort_float",
     "mul": "ort_float",
     "mean": "ort_float_mean",
+    "resize": "float_resize",
     "table": "ort_float_table",
     **{op: "ort_table" for op in _ROUNDED_ONCE},
 }
 _ORT8 = {
     "dot": "fp32",
     "dot_i4": "ort_float_dot",
+    "conv_transpose2d": "ort_float_dot",
     "add": "ort_add",
     "mul": "ort_mul",
     "reduce_mean": "ort_mean",
