@@ -1,8 +1,9 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 DEMO := build/demo
+CHROMIUM := $(firstword $(shell which chromium chromium-browser google-chrome 2>/dev/null))
 
-.PHONY: demo test lint
+.PHONY: demo test browser lint
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -19,8 +20,15 @@ demo: .venv/ready
 	EDGEFORGE_RESULTS=$(DEMO)/results.sqlite $(BIN)/edgeforge bench $(DEMO)/digits
 	$(BIN)/edgeforge report $(DEMO)/digits $(DEMO)/tinylm --compare --no-run --out $(DEMO)/report.html
 
-test: .venv/ready
+test: .venv/ready browser
 	$(BIN)/python -m pytest -n auto
+
+# The report's tests open it in Chromium: one that is here, else Debian's (as root), else Playwright's; without one they skip.
+browser: .venv/ready
+ifeq ($(CHROMIUM),)
+	{ test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -qq --no-install-recommends chromium fonts-dejavu-core; } \
+	  || $(BIN)/playwright install chromium || echo "no Chromium: the tests of reports in a browser will skip"
+endif
 
 lint: .venv/ready
 	$(BIN)/ruff check edgeforge tests models benchmarks targets

@@ -1,23 +1,37 @@
-"""docs/llm.md: language models with a cache on every backend: perplexity, text, agreement. Run from the repository:
+"""docs/llm.md: language models with a cache on every backend: perplexity, text, agreement, size. From the repository:
 
-    python -m benchmarks.llm FOLDER [--write docs/llm.md]
+    python -m benchmarks.llm FOLDER [--write docs/llm.md] [--only MODEL-PRECISION ...]
 
-FOLDER receives bundles (kept: a second run goes on from them) and figures.json. The llama2.c model and its stories come
-from EDGEFORGE_DATA; without them only tinylm is run."""
+FOLDER receives bundles and figures.json, both kept: a second run goes on from them, engine by engine, as long as the
+graphs are the same. The llama2.c model and its stories come from EDGEFORGE_DATA; without them only tinylm is run."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import statistics
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from edgeforge import backends
 from edgeforge.bundle import MANIFEST, Bundle, load_bundle
-from edgeforge.llm.evaluate import artifact_scorer, float_scorer, perplexity, simulator_scorer, text_of, windows
+from edgeforge.llm.evaluate import (
+    Text,
+    Windows,
+    artifact_scorer,
+    float_scorer,
+    perplexity,
+    scoring,
+    simulator_scorer,
+    text_of,
+    windows,
+)
 from edgeforge.llm.generate import continued, prompt_tokens
 from edgeforge.llm.quantize import read_texts
 from edgeforge.llm.session import opened
@@ -27,12 +41,14 @@ from edgeforge.pipeline import export
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("EDGEFORGE_DATA", ROOT.parent / "shared" / "data"))
 TARGET = "snapdragon-8-gen-3"
-PRECISIONS = ("w8a8", "w4a16-b32")
+PRECISIONS = ("w8a8", "w4a16-b32", "8da4w-b32")
 PROMPTS = ("Once upon a time", "Lily and Tom went to the park.", "One day, a little cat")
 TOKENS = 64
-#: Context of the one window that artifacts are scored on; the emulator takes about 0.2 s per token.
-FEW = 64
+#: Windows that artifacts are scored on: the emulator takes seconds per prefill step.
+FEW = 2
 STORIES = slice(600, 608)
+#: The bundle whose artifacts are built with the weights of both graphs once and twice.
+SIZED = "stories260K-w8a8"
 
 
 def models() -> Iterator[tuple[str, str, str, list[str], str]]:
@@ -54,21 +70,132 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--write", type=Path)
+    parser.add_argument("--only", nargs="+")
     arguments = parser.parse_args()
     kept = arguments.folder / "figures.json"
     figures: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
+
+    def keep() -> None:
+        kept.write_text(json.dumps(figures, indent=1))
+
     for name, model, calibration, texts, what in models():
         for precision in PRECISIONS:
-            key = f"{name}-{precision}"
-            if key not in figures:
-                _say(key)
-                out = arguments.folder / key
-                if not (out / MANIFEST).is_file():
-                    export(model, TARGET, out, calibration, precision, say=_say)
-                figures[key] = {"text": what, **measured(load_bundle(out), model, texts)}
-                kept.write_text(json.dumps(figures, indent=1))
+            key, out = f"{name}-{precision}", arguments.folder / f"{name}-{precision}"
+            if arguments.only and key not in arguments.only:
+                continue
+            _say(key)
+            if not (out / MANIFEST).is_file():
+                export(model, TARGET, out, calibration, precision, say=_say)
+            bundle = load_bundle(out)
+            if figures.get(key, {}).get("graph") != bundle.manifest.graph_hash:
+                figures[key] = {"graph": bundle.manifest.graph_hash, "text": what, "engines": {}}
+            measure(bundle, model, texts, figures[key], keep)
+            if key == SIZED and "sizes" not in figures:
+                figures["sizes"] = sizes(bundle)
+                keep()
     if arguments.write:
         arguments.write.write_text(page(figures))
+
+
+def measure(bundle: Bundle, model: str, texts: list[str], found: dict[str, Any], keep: Callable[[], None]) -> None:
+    """Fill ``found`` with what it lacks: per engine perplexities, of artifacts also the greedy text of each prompt,
+    where it departs from the simulator's, equal integers on golden steps, and of runtimes the speed."""
+    text = text_of(bundle, 0)
+    every, few = windows(texts, text, None, None), windows(texts, text, None, FEW)
+    found |= {"tokens": every.tokens, "few_tokens": few.tokens, "skipped": {}}
+    for name, score in _own_engines(bundle, model, text):
+        row = found["engines"].setdefault(name, {})
+        if "all" not in row:
+            _say(name)
+            row |= {"all": perplexity(score, every), "few": perplexity(score, few)}
+            keep()
+    for name, record in bundle.manifest.backends.items():
+        if record.status != "built":
+            found["skipped"][name] = record.reason
+            continue
+        row = found["engines"].setdefault(name, {})
+        if "few" not in row:
+            _say(f"{name}: perplexity")
+            row["few"] = scored(bundle, name, few)
+            keep()
+        if name != "simulator" and "prefill" not in row:
+            _say(f"{name}: golden steps")
+            row |= equal_integers(bundle, name)
+            keep()
+        if "tokens" not in row:
+            _say(f"{name}: text")
+            row |= greedy(bundle, name)
+            keep()
+
+
+def _own_engines(bundle: Bundle, model: str, text: Text) -> Iterator[tuple[str, Callable[[np.ndarray], np.ndarray]]]:
+    language = load_model(model).language
+    assert language is not None
+    yield "float", float_scorer(language, text.context)
+    if bundle.graph.level == "integer":
+        yield "fake-quant", simulator_scorer(bundle, fake=True)
+    yield "simulator", simulator_scorer(bundle)
+
+
+def scored(bundle: Bundle, name: str, data: Windows) -> float:
+    with scoring(bundle, name) as session:
+        return perplexity(artifact_scorer(session), data)
+
+
+def equal_integers(bundle: Bundle, name: str) -> dict[str, float]:
+    """Per graph the share of output integers on the bundle's golden steps that are the simulator's; of graphs with
+    float outputs the largest difference in units of the outputs' standard deviation."""
+    found = {}
+    for part in bundle.parts:
+        got = backends.backend(name).run(part.artifact(name), part.graph, part.target, part.golden_part("input"))
+        golden = part.golden_part("output")
+        a, b = (np.concatenate([x[output].ravel() for output in part.graph.outputs]) for x in (got, golden))
+        integer = part.graph.level == "integer"
+        found[part.part] = float((a == b).mean()) if integer else float(np.abs(a - b).max() / b.std())
+    return found
+
+
+def greedy(bundle: Bundle, name: str) -> dict[str, Any]:
+    """Tokens and text behind each prompt; of timed runtimes the median decode step's speed."""
+    tokens, texts, steps = [], [], []
+    with opened(bundle, name) as session:
+        for prompt in PROMPTS:
+            session.restart()
+            pieces = list(continued(bundle, session, prompt_tokens(bundle, prompt), TOKENS))
+            tokens.append([token for token, _ in pieces])
+            texts.append(prompt + "".join(piece for _, piece in pieces))
+        steps = [seconds for count, seconds in session.seconds if count == 1]
+    found: dict[str, Any] = {"tokens": tokens, "text": texts}
+    if backends.backend(name).timed:
+        found["per_second"] = 1 / statistics.median(steps)
+    return found
+
+
+def sizes(bundle: Bundle) -> dict[str, list[int]]:
+    """Bytes of what a phone loads, per backend: prefill's, decode's, and both with their weights once."""
+    graphs, found = {part.part: part.graph for part in bundle.parts}, {}
+    for name in ("ort_qnn", "executorch_qnn", "executorch_xnnpack"):
+        _say(f"{name}: sizes")
+        chosen = backends.backend(name)
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
+            backends.apart(chosen, graphs, bundle.target, folder)
+            apart = [_loaded(folder / part) for part in graphs]
+            together = folder / "together"
+            together.mkdir()
+            files = backends.compile_parts(chosen, graphs, bundle.target, together, shared=True).files
+            shared = [together / file for file in files if "shared" in file] or [together / file for file in files]
+            found[name] = [*apart, sum(file.stat().st_size for file in shared if file.suffix in (".bin", ".pte"))]
+    return found
+
+
+def _loaded(folder: Path) -> int:
+    """Bytes of context binaries and programs."""
+    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".bin", ".pte"))
+
+
+def _say(line: str) -> None:
+    print(f"  {line}", file=sys.stderr, flush=True)
 
 
 INTRODUCTION = f"""\
@@ -77,52 +204,49 @@ INTRODUCTION = f"""\
 Written by `python -m benchmarks.llm FOLDER --write docs/llm.md` for {TARGET}. Hexagon figures come from Qualcomm's HTP
 emulator on x86-64, never from a phone; XNNPACK and ONNX Runtime ran on x86-64.
 
-Perplexity is per token, over disjoint windows led by `<s>`, which is not scored. *all*: every window of 512 tokens;
-*first*: the first {FEW} tokens, one by one through the decode graph. *fake-quant* is float arithmetic rounded to the
-same encodings. *equal*: greedy tokens that agree with the simulator before the first that does not, for {len(PROMPTS)}
-prompts of up to {TOKENS} tokens (a text may end earlier); the simulator follows Hexagon's rules."""
+Perplexity is per token, over disjoint windows of up to 512 tokens led by `<s>`, which is not scored: *all* windows, and
+the *first {FEW}*, which artifacts are scored on too (their prefill graph, compiled once more with the logits of every
+token). *fake-quant* is float arithmetic rounded to the same encodings. *prefill*, *decode*: share of all output
+integers of each graph (logits, new keys and values) that are the simulator's, on the bundle's golden steps; of 8da4w,
+whose outputs are floats, the largest difference in standard deviations. *greedy*: tokens that agree with the simulator
+before the first that does not, for {len(PROMPTS)} prompts of up to {TOKENS} tokens (a text may end earlier). The
+simulator follows Hexagon's rules, so that other runtimes' integers are others. *tokens/s*: median decode step on this
+host, whose two CPUs other work shared."""
 
 
-def _say(line: str) -> None:
-    print(f"  {line}", file=sys.stderr, flush=True)
+def page(figures: dict[str, Any]) -> str:
+    lines = [INTRODUCTION]
+    for key, row in figures.items():
+        if key != "sizes":
+            lines += section(key, row)
+    if "sizes" in figures:
+        lines += ["", *weights_once(figures["sizes"])]
+    return "\n".join(lines) + "\n"
 
 
-def measured(bundle: Bundle, model: str, texts: list[str]) -> dict[str, Any]:
-    """Perplexity on all windows and on the first, and the greedy text of each prompt with its departure, by engine."""
-    language = load_model(model).language
-    assert language is not None
-    text = text_of(bundle, 0)
-    every, first = windows(texts, text, None, None), windows(texts, replace(text, context=FEW), None, 1)
-    found: dict[str, Any] = {"tokens": every.tokens, "first_tokens": first.tokens, "engines": {}, "skipped": {}}
-    own = {
-        "float": float_scorer(language, text.context),
-        "fake-quant": simulator_scorer(bundle, fake=True),
-        "simulator": simulator_scorer(bundle),
-    }
-    for engine, score in own.items():
-        _say(engine)
-        found["engines"][engine] = {"all": perplexity(score, every), "first": perplexity(score, first)}
-    reference: list[list[int]] = []
-    for name, record in bundle.manifest.backends.items():
-        if record.status != "built":
-            found["skipped"][name] = record.reason
-            continue
-        _say(name)
-        row = found["engines"].setdefault(name, {})
-        with opened(bundle, name) as session:
-            if name != "simulator":
-                row["first"] = perplexity(artifact_scorer(session), first)
-            made, texts_made = [], []
-            for prompt in PROMPTS:
-                session.restart()
-                pieces = list(continued(bundle, session, prompt_tokens(bundle, prompt), TOKENS))
-                made.append([token for token, _ in pieces])
-                texts_made.append(prompt + "".join(piece for _, piece in pieces))
-        reference = reference or made
-        row["text"] = texts_made
-        row["equal"] = [_equal(a, b) for a, b in zip(reference, made, strict=True)]
-        row["of"] = [len(tokens) for tokens in reference]
-    return found
+def section(key: str, row: dict[str, Any]) -> list[str]:
+    few = f"first {FEW}"
+    what = f"{row['text']}: {row['tokens']} tokens in all windows, {row['few_tokens']} in the {few}."
+    lines = ["", f"## {key}", "", what, ""]
+    lines += [f"| engine | all | {few} | prefill | decode | greedy | tokens/s |", "|---|---|---|---|---|---|---|"]
+    reference = row["engines"]["simulator"]["tokens"]
+    for engine, found in row["engines"].items():
+        numbers = [f"{found[part]:.4f}" if part in found else "" for part in ("all", "few")]
+        numbers += [_share(found[part]) if part in found else "" for part in ("prefill", "decode")]
+        pairs = zip(reference, found.get("tokens", ()), strict=False)
+        greedy = ", ".join(f"{_equal(a, b)} of {len(a)}" for a, b in pairs)
+        speed = f"{found['per_second']:.0f}" if "per_second" in found else ""
+        lines.append(f"| {' | '.join([engine, *numbers, greedy, speed])} |")
+    lines += [f"\n{name} is not built: {reason}" for name, reason in row["skipped"].items()]
+    shown = {engine: found["text"][0] for engine, found in row["engines"].items() if "text" in found}
+    for text in dict.fromkeys(shown.values()):
+        names = ", ".join(engine for engine, other in shown.items() if other == text)
+        lines += ["", f"{names}:", "", *(f"> {line}" for line in text.splitlines())]
+    return lines
+
+
+def _share(value: float) -> str:
+    return f"{value:.2%}" if value > 0.01 else f"{value:.1e}"
 
 
 def _equal(a: list[int], b: list[int]) -> int:
@@ -130,31 +254,22 @@ def _equal(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def page(figures: dict[str, Any]) -> str:
+def weights_once(found: dict[str, list[int]]) -> list[str]:
+    """The table of sizes."""
     lines = [
-        INTRODUCTION,
+        "## Weights once",
+        "",
+        f"Bytes that a phone loads for {SIZED}. XNNPACK's program has a method for each graph and keeps equal",
+        "constants once. Hexagon's contexts share weights on request (`--set language.shared_context=true`): the",
+        "emulator refuses to load such a context (QNN error 1000, not supported), while one with both graphs and their",
+        "weights twice runs, so that the artifacts that run here are built beside it.",
+        "",
+        "| backend | prefill | decode | both, weights once | saved |",
+        "|---|---|---|---|---|",
     ]
-    for key, row in figures.items():
-        lines += [
-            "",
-            f"## {key}",
-            "",
-            f"{row['text']}: {row['tokens']} tokens in all windows, {row['first_tokens']} in the first.",
-            "",
-        ]
-        lines += ["| engine | all | first | equal |", "|---|---|---|---|"]
-        for engine, figure in row["engines"].items():
-            numbers = [f"{figure[part]:.4f}" if part in figure else "" for part in ("all", "first")]
-            equal = ", ".join(
-                f"{n} of {of}" for n, of in zip(figure.get("equal", ()), figure.get("of", ()), strict=True)
-            )
-            lines.append(f"| {engine} | {numbers[0]} | {numbers[1]} | {equal} |")
-        lines += [f"\n{name} is not built: {reason}" for name, reason in row["skipped"].items()]
-        shown = {e: f["text"][0] for e, f in row["engines"].items() if "text" in f}
-        for text in dict.fromkeys(shown.values()):
-            names = ", ".join(engine for engine, other in shown.items() if other == text)
-            lines += ["", f"{names}:", "", *(f"> {line}" for line in text.splitlines())]
-    return "\n".join(lines) + "\n"
+    for name, (prefill, decode, once) in found.items():
+        lines.append(f"| {name} | {prefill:,} | {decode:,} | {once:,} | {1 - once / (prefill + decode):.0%} |")
+    return lines
 
 
 if __name__ == "__main__":

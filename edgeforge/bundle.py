@@ -28,6 +28,11 @@ from edgeforge.target import Closed, Target, read_yaml
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+#: Bytes of a file whose hash is remembered, by device, inode, size and time stamp.
+LARGE = 1 << 24
+_hashes: dict[tuple[int, ...], str] = {}
+#: What `write_core` writes.
+CORE = ("graph.txt", "prefill.txt", "graph.safetensors", "golden.safetensors", "recipe.yaml", "target.yaml")
 TOOLS = ("numpy", "torch", "onnx", "onnxruntime", "onnxruntime-qnn", "executorch", "torchao", "tosa-tools")
 
 
@@ -156,6 +161,17 @@ def tool_versions() -> dict[str, str]:
 
 
 def file_hash(path: Path) -> str:
+    """sha256; a large file is read once, as long as its time stamp stays."""
+    status = path.stat()
+    if status.st_size < LARGE:
+        return _file_hash(path)
+    key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    if key not in _hashes:
+        _hashes[key] = _file_hash(path)
+    return _hashes[key]
+
+
+def _file_hash(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -165,22 +181,32 @@ def writing(out: Path) -> Iterator[Path]:
     """A temporary folder beside ``out`` that becomes ``out`` when the block ends well, and vanishes otherwise.
 
     An existing bundle is replaced; any other existing path is refused with InvalidInput."""
-    if out.exists() and not (out / MANIFEST).is_file():
-        raise InvalidInput(f"{out} exists and is not a bundle -> choose another --out or remove it")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    writable(out)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         yield folder
-        folder.chmod(0o755)
-        if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
-            out.rename(old / "bundle")
-            folder.rename(out)
-            shutil.rmtree(old)
-        else:
-            folder.rename(out)
+        put(folder, out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def writable(out: Path) -> None:
+    """Make the folder that ``out`` will lie in. Raises InvalidInput when ``out`` is anything but a bundle."""
+    if out.exists() and not (out / MANIFEST).is_file():
+        raise InvalidInput(f"{out} exists and is not a bundle -> choose another --out or remove it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+
+def put(folder: Path, out: Path) -> None:
+    """Make ``folder`` the bundle ``out``, in place of an older one."""
+    folder.chmod(0o755)
+    if not out.exists():
+        folder.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
+    out.rename(old / "bundle")
+    folder.rename(out)
+    shutil.rmtree(old)
 
 
 def write_core(
@@ -196,13 +222,21 @@ def write_core(
     (folder / "graph.txt").write_text(print_graph(graph))
     if prefill is not None:
         more = tensors(prefill)
-        assert all(np.array_equal(arrays[name], more[name]) for name in arrays.keys() & more.keys())
+        shared = [(arrays[name], more[name]) for name in arrays.keys() & more.keys()]
+        assert all(a is b or np.array_equal(a, b) for a, b in shared)
         arrays |= more
         (folder / "prefill.txt").write_text(print_graph(prefill))
     save_arrays(folder / "graph.safetensors", arrays)
     save_arrays(folder / "golden.safetensors", golden)
     for name, model in (("recipe.yaml", recipe), ("target.yaml", target)):
         (folder / name).write_text(yaml.safe_dump(model.model_dump(mode="json"), sort_keys=False))
+
+
+def read_core(folder: Path) -> tuple[Graph, Graph, dict[str, np.ndarray]]:
+    """The graphs of a language model, decode and prefill, on mapped constants, and the golden vectors."""
+    arrays = load_arrays(folder / "graph.safetensors")
+    decode, prefill = (parse_graph((folder / name).read_text(), arrays) for name in ("graph.txt", "prefill.txt"))
+    return decode, prefill, load_arrays(folder / "golden.safetensors")
 
 
 def write_manifest(folder: Path, **fields: Any) -> Manifest:

@@ -46,7 +46,9 @@ def export(
     calibration: Annotated[
         str | None, typer.Option(help=".npz, image folder, .txt, module:callable, embedded or random")
     ] = None,
-    precision: Annotated[str | None, typer.Option(help="w8a8, w8a16, w4a8, w4a16, with -b16|32|64 block-wise")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="w8a8, w8a16, w4a8, w4a16, with -b16|32|64 block-wise; 8da4w-b32|64")
+    ] = None,
     backend: Annotated[list[str] | None, typer.Option(help="build only this backend (repeatable)")] = None,
     recipe: Annotated[Path | None, typer.Option(help="recipe YAML")] = None,
     requantize: Annotated[bool, typer.Option(help="drop the encodings that a QDQ model brings along")] = False,
@@ -279,10 +281,11 @@ def evaluate(
     for engine, score in llm.scorers(bundle, language, spoken.context, backend or ()):
         _say(engine)
         rows.append({"engine": engine, **chosen.measure(score), "source": _source(engine)})
+    protocol = chosen.protocol + (llm.ARTIFACTS if backend else "")
     if as_json:
-        _print({"task": task, "protocol": chosen.protocol, "results": rows})
+        _print({"task": task, "protocol": protocol, "results": rows})
     else:
-        _table(chosen.protocol, list(rows[0]), [list(row.values()) for row in rows])
+        _table(protocol, list(rows[0]), [list(row.values()) for row in rows])
 
 
 @app.command()
@@ -461,11 +464,14 @@ def bench(
     compile_only: Annotated[bool, typer.Option("--compile-only", help="hub: stop before the device")] = False,
     timeout: Annotated[float, typer.Option(min=0, help="hub: minutes to wait; the run can be gone on with")] = 60,
     runner: Annotated[
-        Path | None,
-        typer.Option(help="adb: executor_runner, qnn_executor_runner or onnxruntime_perf_test for the phone"),
+        str | None,
+        typer.Option(help="adb: executor_runner, qnn_executor_runner or onnxruntime_perf_test; or app: the demo app"),
     ] = None,
     libraries: Annotated[Path | None, typer.Option(help="adb: folder of the runner's shared libraries")] = None,
     serial: Annotated[str | None, typer.Option(help="adb: which phone")] = None,
+    any_chip: Annotated[
+        bool, typer.Option("--any-chip", help="adb: even if the phone's chip is not the bundle's, or not known")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="hub: say what would be uploaded")] = False,
     as_json: Json = False,
 ) -> None:
@@ -489,14 +495,20 @@ def bench(
         patience = hub.Patience(timeout_s=timeout * 60)
         found = hub.bench(opened, store, tuple(device or ()), names, compile_only, patience, _say)
     elif on == "adb":
-        from edgeforge.devices import adb
+        from edgeforge.devices import adb, app
 
         if runner is None:
-            raise InvalidInput("--on adb runs a program of yours -> --runner FILE, built for the phone")
+            raise InvalidInput("--on adb -> --runner FILE, a program built for the phone, or --runner app")
         if len(names) > 1:
             raise InvalidInput("a runner takes one artifact -> one --backend")
-        artifact = names[0] if names else None
-        found = [adb.bench(opened, runner, serial, threads, repeats, warmup, _say, artifact, libraries)]
+        how = (serial, threads, repeats, warmup, _say)
+        if runner == "app":
+            if names not in ((), (app.ARTIFACT,)):
+                raise InvalidInput(f"the app runs {app.ARTIFACT} -> leave --backend out, or another --runner")
+            found = [app.bench(opened, *how, any_chip)]
+        else:
+            artifact = names[0] if names else None
+            found = [adb.bench(opened, Path(runner), *how, artifact, libraries, any_chip)]
         store.add(found[0], opened)
     else:
         raise InvalidInput(f"--on {on} -> host, hub or adb")
@@ -603,8 +615,8 @@ def report(
 def sweep(
     file: Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="models, targets, precisions, methods")],
     out: Annotated[Path, typer.Option(help="folder of the trials; the same folder again resumes")],
-    executor: Annotated[str, typer.Option(help="processes, or dask")] = "processes",
-    address: Annotated[str | None, typer.Option(help="dask: of the scheduler")] = None,
+    executor: Annotated[str, typer.Option(help="processes, dask or ray")] = "processes",
+    address: Annotated[str | None, typer.Option(help="dask, ray: of the cluster")] = None,
     retry: Annotated[bool, typer.Option("--retry", help="also run what failed before")] = False,
     as_json: Json = False,
 ) -> None:
@@ -723,7 +735,7 @@ def main() -> None:
         _fail(f"{place}: {error.strerror or error} -> free space or choose another folder")
     except SystemExit as done:
         if done.code == INTERRUPTED:
-            _fail("interrupted: nothing was written")
+            _fail("interrupted: no output was written")
         raise
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeforge.errors import InvalidInput
 from edgeforge.frontend import Imported
+from edgeforge.ir.graph import Graph
 from edgeforge.recipe import Shape
 from edgeforge.resources import folder
 
@@ -55,11 +56,12 @@ def embedded() -> list[str]:
     return sorted(path.parent.name for path in folder("models").glob("*/model.py"))
 
 
-def load_model(name: str) -> Model:
+def load_model(name: str, traced: bool = True) -> Model:
     """Import ``name`` to a float graph (and the encodings it carries).
 
     name: an embedded model, a path to .onnx or .pt2, a folder (or hub repository) with a Hugging Face language model, a
     llama2.c .bin, or ``package.module:callable`` that returns (nn.Module, example inputs).
+    traced: whether a language model's decode step is wanted as a graph (else that is empty).
     Raises InvalidInput or Unsupported."""
     if name in embedded():
         return _embedded(name)
@@ -73,14 +75,14 @@ def load_model(name: str) -> Model:
 
         return Model(path.stem, from_pt2(_existing(path)), path.parent)
     if path.is_dir() or (path.suffix == ".bin" and path.is_file()):
-        return _language(path)
+        return _language(path, traced)
     if ":" in name:
         module, arguments = call(name)
         return Model(name.rpartition(":")[2], _from_torch(name, module, arguments), Path.cwd())
     if name.count("/") == 1 and not path.exists() and not path.parent.exists():
         from edgeforge.frontend.huggingface import from_hub
 
-        return replace(_language(from_hub(name)), name=path.name)
+        return replace(_language(from_hub(name), traced), name=path.name)
     near = difflib.get_close_matches(name, embedded(), 3, 0.4) or embedded()
     raise InvalidInput(
         f"unknown model {name!r} -> an embedded model ({', '.join(near)}), a .onnx or .pt2 file,"
@@ -88,14 +90,16 @@ def load_model(name: str) -> Model:
     )
 
 
-def _language(path: Path) -> Model:
+def _language(path: Path, traced: bool) -> Model:
     """A language model in a Hugging Face folder, or a llama2.c checkpoint."""
     from edgeforge.frontend.huggingface import from_folder
     from edgeforge.frontend.llama2c import from_bin
 
     name = path.resolve().stem if path.is_file() else path.resolve().name
     language = from_folder(path, name) if path.is_dir() else from_bin(path)
-    decode = language.graph(name, 1, min(Shape().context, language.config.context))
+    decode = Graph(name, "float", (), (), (), {})
+    if traced:
+        decode = language.graph(name, 1, min(Shape().context, language.config.context))
     return Model(name, Imported(decode), path if path.is_dir() else path.parent, language=language)
 
 

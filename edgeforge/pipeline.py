@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,16 @@ from typing import Any
 import numpy as np
 
 from edgeforge import __version__, backends
-from edgeforge.backends import Artifact
+from edgeforge.backends import Artifact, Backend
 from edgeforge.bundle import (
+    CORE,
     BackendRecord,
     Bundle,
     EditRecord,
     FigureRecord,
     load_bundle,
     port,
+    read_core,
     write_core,
     write_manifest,
     writing,
@@ -26,7 +29,7 @@ from edgeforge.data import Dataset, load_data
 from edgeforge.errors import InvalidInput, Reason, Unsupported
 from edgeforge.ir.graph import Graph
 from edgeforge.ir.op import LAYERS
-from edgeforge.llm.export import calibration_tokens, describe, golden_steps
+from edgeforge.llm.export import TEMPLATE, TOKENIZER, calibration_tokens, describe, golden_steps
 from edgeforge.llm.quantize import quantize_language
 from edgeforge.measured import measure
 from edgeforge.models import Model, call, load_model
@@ -42,6 +45,7 @@ from edgeforge.recipe import Precision, Recipe
 from edgeforge.report.text import bundle_readme, quantization_report
 from edgeforge.sim.evaluate import dequantize_outputs, quantize_feeds, run_float, simulate
 from edgeforge.sim.parity import sqnr_db
+from edgeforge.steps import Step, at_once, resumable
 from edgeforge.target import Target, load_target, read_yaml
 
 #: Samples whose codes and results a bundle keeps.
@@ -50,11 +54,11 @@ GOLDEN = 4
 Progress = Callable[[str], None]
 
 
-def load(name: str) -> Model:
+def load(name: str, traced: bool = True) -> Model:
     """Import a model (see `load_model`) and optimize its float graph."""
     from dataclasses import replace
 
-    model = load_model(name)
+    model = load_model(name, traced)
     if model.language is not None:
         return model
     return replace(model, imported=replace(model.imported, graph=optimize(model.imported.graph)))
@@ -78,6 +82,8 @@ def quantize(model: Model, recipe: Recipe, target: Target, data: Dataset, requan
 
     Raises Unsupported with every node (or kept encoding) that the target cannot run as asked."""
     graph = model.imported.graph
+    if Precision(recipe.precision).dynamic:
+        raise InvalidInput(f"{recipe.precision} is offered for language models with a cache -> --precision w4a8")
     if model.imported.encodings and not requantize:
         return convert(graph, plan_from(model.imported, recipe, target), target)
     samples = data.head(recipe.calibration.samples)
@@ -117,31 +123,43 @@ class _Batches:
 
 
 def lower(
-    graph: Graph, target: Target, names: Sequence[str], folder: Path, say: Progress, part: str = ""
+    graphs: Mapping[str, Graph],
+    target: Target,
+    names: Sequence[str],
+    folder: Path,
+    say: Progress,
+    shared: bool = False,
+    step: Step = at_once,
 ) -> dict[str, BackendRecord]:
-    """Compile ``graph`` for each backend into ``folder/<name>/<part>``; what cannot be built is recorded and why.
+    """Compile graphs, by part ("" is the only one), for each backend into ``folder/artifacts/<name>``, each a step;
+    what cannot be built is recorded and why. shared: see `backends.Together`.
 
-    Raises Unsupported when a backend that was asked for by name refuses the graph (empty ``names``: the target's)."""
+    Raises Unsupported when a backend that was asked for by name refuses a graph (empty ``names``: the target's)."""
     records = {}
     for name in names or target.backends:
         chosen = backends.backend(name)
         reason = chosen.missing() if name in target.backends else f"{target.name} does not offer it"
-        refusals = [] if reason else chosen.refusals(graph, target)
+        refusals = [] if reason else backends.refusals(chosen, graphs.values(), target)
         if names and (reason or refusals):
             if refusals:
-                raise Unsupported(f"{name} cannot take {graph.name} as asked", refusals)
+                raise Unsupported(f"{name} cannot take {next(iter(graphs.values())).name} as asked", refusals)
             raise InvalidInput(f"backend {name}: {reason}")
         if reason or refusals:
             text = reason or in_short(refusals)
             records[name] = BackendRecord(status="skipped", reason=text)
             say(f"{name}: skipped ({text})")
             continue
-        say(f"{name}: compiling {part}".rstrip())
-        place = folder / name / part
-        place.mkdir(parents=True)
-        records[name] = _record(f"{name}/{part}".rstrip("/"), chosen.compile(graph, target, place))
-        if not any(place.iterdir()):
-            place.rmdir()
+
+        def compiled(chosen: Backend = chosen) -> dict[str, Any]:
+            say(f"{chosen.name}: compiling {' and '.join(graphs)}".rstrip())
+            place = folder / "artifacts" / chosen.name
+            place.mkdir(parents=True)
+            record = _record(chosen.name, backends.compile_parts(chosen, graphs, target, place, shared))
+            if not any(place.iterdir()):
+                place.rmdir()
+            return record.model_dump(mode="json")
+
+        records[name] = BackendRecord.model_validate(step(name, compiled, f"artifacts/{name}"))
     return records
 
 
@@ -186,7 +204,7 @@ def export(
     for backend_name in backend_names:
         backends.backend(backend_name)
     say(f"importing {name}")
-    model = load(name)
+    model = load(name, traced=False)
     recipe = read_recipe(model, recipe_file, precision, assignments)
     base = model.base if recipe_file is None else recipe_file.parent
     if model.language is not None:
@@ -201,7 +219,7 @@ def export(
         golden = golden_vectors(model.imported.graph, graph, data)
         write_core(folder, graph, recipe, target, golden)
         _keep_tokenizer(recipe, base, folder)
-        records = lower(graph, target, backend_names, folder / "artifacts", say)
+        records = lower({"": graph}, target, backend_names, folder, say)
         how = f"{used} samples of {data.name}, {recipe.calibration.method}"
         described = {"notes": notes, "backends": records, "figures": figures(graph, golden, target)}
         _finish(folder, model, graph, recipe, target, calibration, calibrated_on=how, **described)
@@ -220,29 +238,37 @@ def _export_language(
     """A bundle with two graphs of a language model, prefill and decode, on the same constants."""
     language = model.language
     assert language is not None
+    if recipe.language.shared_context and not target.weight_sharing:
+        raise InvalidInput(f"{target.name} shares no weights between graphs -> --set language.shared_context=false")
     sequences, source = calibration_tokens(model, recipe, calibration)
-    with writing(out) as folder:
-        used = min(len(sequences), recipe.calibration.samples)
-        say(f"calibrating on {used} sequences of {source}")
-        parts, notes = quantize_language(language, recipe, target, sequences)
+    key = [__version__, language.hash(), *(m.model_dump_json() for m in (recipe, target)), sequences, [*backend_names]]
+    with resumable(out, hashlib.sha256(repr(key).encode()).hexdigest(), say) as step:
+        folder, used = step.folder, min(len(sequences), recipe.calibration.samples)
+        how = f"{used} sequences of {source}, {recipe.calibration.method}"
+        if Precision(recipe.precision).dynamic:
+            how = "none, activations are rounded as they come"
+
+        def core() -> tuple[str, ...]:
+            say(f"calibration: {how}")
+            parts, notes = quantize_language(language, recipe, target, sequences, step)
+            golden = golden_steps(language, recipe, parts, sequences[0])
+            write_core(folder, parts["decode"].graph, recipe, target, golden, parts["prefill"].graph)
+            return notes
+
+        notes = step("graphs", core, *CORE)
         for note in notes:
             say(note)
-        decode, prefill = parts["decode"].graph, parts["prefill"].graph
-        golden = golden_steps(language, recipe, parts, sequences[0])
+        decode, prefill, golden = read_core(folder)
+        graphs = {"prefill": prefill, "decode": decode}
+
+        def record() -> dict[str, Any]:
+            say("golden generation on the simulator")
+            return describe(language, recipe, graphs, sequences[0], folder).model_dump(mode="json")
+
+        described = {"notes": notes, "language": step("language", record, TOKENIZER, TEMPLATE)}
+        records = lower(graphs, target, backend_names, folder, say, recipe.language.shared_context, step)
         own = {key: array for key, array in golden.items() if not key.startswith("prefill/")}
-        write_core(folder, decode, recipe, target, golden, prefill)
-        say("golden generation on the simulator")
-        record = describe(language, recipe, parts, sequences[0], folder)
-        made = [
-            lower(part.graph, target, backend_names, folder / "artifacts", say, name) for name, part in parts.items()
-        ]
-        how = f"{used} sequences of {source}, {recipe.calibration.method}"
-        described = {
-            "notes": notes,
-            "language": record,
-            "backends": {name: _joined(made[0][name], made[1][name]) for name in made[0]},
-            "figures": figures(decode, own, target),
-        }
+        described |= {"backends": records, "figures": figures(decode, own, target)}
         _finish(folder, model, decode, recipe, target, calibration, calibrated_on=how, **described)
     return load_bundle(out)
 
@@ -274,21 +300,6 @@ def _finish(
     (folder / "report.md").write_text(quantization_report(graph, fields))
     (folder / "README.txt").write_text(bundle_readme(target, fields))
     write_manifest(folder, **fields)
-
-
-def _joined(a: BackendRecord, b: BackendRecord) -> BackendRecord:
-    """One record for the artifacts of both graphs; what they have in common is said once."""
-    if a.status != "built" or b.status != "built":
-        return a if a.status != "built" else b
-    return BackendRecord(
-        status="built",
-        files=a.files + b.files,
-        options={**a.options, **b.options},
-        edits=tuple(dict.fromkeys(a.edits + b.edits)),
-        islands=tuple(dict.fromkeys(a.islands + b.islands)),
-        notes=tuple(dict.fromkeys(a.notes + b.notes)),
-        deterministic=a.deterministic and b.deterministic,
-    )
 
 
 def find_data(
@@ -323,8 +334,8 @@ def golden_vectors(float_graph: Graph, graph: Graph, data: Dataset) -> dict[str,
 def figures(graph: Graph, golden: Mapping[str, np.ndarray], target: Target) -> tuple[FigureRecord, ...]:
     """Size of the constants, and per output the simulator's signal-to-noise ratio against the float model."""
     size = sum(value.type.nbytes for value in graph.constants())
-    found = [FigureRecord(name="constants", value=size, unit="bytes", kind="counted", source="the integer graph")]
-    source = f"golden samples, rounding rules of {target.numerics}"
+    found = [FigureRecord(name="constants", value=size, unit="bytes", kind="counted", source="the graph")]
+    source = f"golden samples, rounding rules of {target.numerics if graph.level == 'integer' else 'float arithmetic'}"
     for name, real in dequantize_outputs(graph, {n: golden[f"output/{n}"] for n in graph.outputs}).items():
         sqnr = sqnr_db(golden[f"float/{name}"], real)
         if sqnr is not None:

@@ -12,22 +12,29 @@ from edgeforge.errors import InvalidInput
 from edgeforge.target import Closed
 
 _PRECISION = re.compile(r"w(?P<weights>[48])a(?P<activations>8|16)(?:-b(?P<block>16|32|64))?$")
+_DYNAMIC = re.compile(r"8da4w-b(?P<block>32|64)$")
 
 #: a8s: 8 bits with zero point 128.
 Width = Literal["a8", "a16", "a8s"]
 
 
 class Precision:
-    """``w{8,4}a{8,16}[-b16|32|64]``: weight bits, activation bits, and the block size of block-wise weights."""
+    """``w{8,4}a{8,16}[-b16|32|64]``: weight bits, activation bits, and the block size of block-wise weights.
+
+    ``8da4w-b32|64`` is ``dynamic``: linears round the floats that they read to int8, one range per token, and have
+    4-bit weights with a scale per group of 32 or 64 inputs; all else is float."""
 
     def __init__(self, name: str):
-        match = _PRECISION.match(name)
-        if not match:
-            raise InvalidInput(f"precision {name!r} is not w8a8, w8a16, w4a8, w4a16, or one of these with -b16|32|64")
-        self.name = name
-        self.weights = f"i{match['weights']}"
-        self.activations = f"u{match['activations']}"
-        self.block = int(match["block"]) if match["block"] else None
+        match, dynamic = _PRECISION.match(name), _DYNAMIC.match(name)
+        found = match or dynamic
+        if not found:
+            raise InvalidInput(
+                f"precision {name!r} is not w8a8, w8a16, w4a8, w4a16, one of these with -b16|32|64, or 8da4w-b32|64"
+            )
+        self.name, self.dynamic = name, match is None
+        self.weights = f"i{match['weights']}" if match else "i4"
+        self.activations = f"u{match['activations']}" if match else "f32"
+        self.block = int(found["block"]) if found["block"] else None
 
 
 def _precision(name: str) -> str:
@@ -37,7 +44,14 @@ def _precision(name: str) -> str:
         raise ValueError(str(error)) from None
 
 
+def _static(name: str) -> str:
+    if Precision(_precision(name)).dynamic:
+        raise ValueError(f"{name} is for a whole model, not for a layer -> precision")
+    return name
+
+
 PrecisionName = Annotated[str, AfterValidator(_precision)]
+StaticPrecision = Annotated[str, AfterValidator(_static)]
 
 
 class Calibration(Closed):
@@ -55,7 +69,7 @@ class Override(Closed):
 
     match: str = "*"
     op: str | None = None
-    precision: PrecisionName | None = None
+    precision: StaticPrecision | None = None
     output: Width | None = None
 
 
@@ -78,10 +92,13 @@ class TextData(Closed):
 
 
 class Shape(Closed):
-    """The static shape of a language model: positions (its cache holds them), and tokens per prefill step."""
+    """The static shape of a language model: positions (its cache holds them), and tokens per prefill step.
+    ``shared_context``: artifacts for Hexagon come a second time, both graphs in one context binary with their weights
+    once; the emulator does not load that."""
 
     context: int = Field(512, ge=2)
     chunk: int = Field(32, ge=1)
+    shared_context: bool = False
 
 
 class Smooth(Closed):

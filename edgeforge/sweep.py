@@ -1,4 +1,4 @@
-"""Many exports and validations: models x targets x precisions x methods, in processes here or on a Dask cluster.
+"""Many exports and validations: models x targets x precisions x methods, in processes here or on a Dask or Ray cluster.
 
 Each trial is a folder ``<out>/<name>/`` with its bundle, its log and ``trial.json``, written last: what has one is not
 run again. The folder is the shared store: workers on other machines must see it under the same path."""
@@ -9,11 +9,13 @@ import contextlib
 import hashlib
 import itertools
 import json
+import logging
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,11 @@ class Trial(Closed):
         parts = (Path(self.model).stem, self.target, self.precision, self.method, digest)
         return "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in part) for part in parts)
 
+    def ended(self, status: str, reason: str = "") -> dict[str, Any]:
+        """What ``trial.json`` holds; "reason" only with one."""
+        about = {**self.model_dump(mode="json"), "name": self.name, "status": status, "artifacts": []}
+        return {**about, "reason": reason} if reason else about
+
     def commands(self, bundle: str) -> list[list[str]]:
         export = ["export", self.model, "--target", self.target, "--precision", self.precision, "--out", bundle]
         export += ["--calibration", self.calibration]
@@ -81,7 +88,7 @@ def run_trial(trial: Trial, out: str) -> dict[str, Any]:
     a failure is a result."""
     folder = Path(out) / trial.name
     folder.mkdir(parents=True, exist_ok=True)
-    made: dict[str, Any] = {**trial.model_dump(mode="json"), "name": trial.name, "status": "done", "artifacts": []}
+    made = trial.ended("done")
     with (folder / LOG).open("w") as log:
         for words in trial.commands(str(folder / BUNDLE)):
             command = [sys.executable, "-m", "edgeforge.cli", *words]
@@ -121,7 +128,11 @@ def run(
         waiting = {pool.submit(run_trial, trial, place): name for name, trial in found.items() if name not in kept}
         for finished in as_completed(waiting):
             name = waiting[finished]
-            results[name] = finished.result()
+            if (lost := finished.exception()) is None:
+                results[name] = finished.result()
+            else:  # no trial.json was written: the next run tries the trial again
+                why = (str(lost).strip().splitlines() or [type(lost).__name__])[-1]
+                results[name] = found[name].ended("failed", f"worker lost: {why}")
             say(f"{name}: {results[name]['status']}")
     return [results[name] for name in found]
 
@@ -132,8 +143,15 @@ def _pool(executor: str, address: str | None, workers: int) -> Iterator[Executor
         with ProcessPoolExecutor(max(workers, 1)) as pool:
             yield pool
         return
-    if executor != "dask" or address is None:
-        raise InvalidInput(f"--executor {executor} -> processes, or dask with --address of a scheduler")
+    clusters = {"dask": _dask, "ray": _ray}
+    if executor not in clusters or address is None:
+        raise InvalidInput(f"--executor {executor} -> processes, or dask or ray with --address of a cluster")
+    with clusters[executor](address) as pool:
+        yield pool
+
+
+@contextlib.contextmanager
+def _dask(address: str) -> Iterator[Executor]:
     try:
         from distributed import Client
     except ImportError:
@@ -144,6 +162,31 @@ def _pool(executor: str, address: str | None, workers: int) -> Iterator[Executor
         raise InvalidInput(f"no Dask scheduler answers at {address}: {error} -> dask scheduler") from None
     with client, client.get_executor() as pool:
         yield pool
+
+
+@contextlib.contextmanager
+def _ray(address: str) -> Iterator[Executor]:
+    try:
+        import ray
+    except ImportError:
+        raise MissingDependency("ray is not installed -> pip install 'edgeforge[cluster]'") from None
+
+    class Pool(Executor):
+        """Each call a task of one core; Ray repeats it elsewhere when its machine goes away."""
+
+        def submit(self, work: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+            return ray.remote(work).remote(*arguments, **named).future()
+
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself tries for minutes
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"no Ray cluster answers at {address}: {error} -> ray start --head") from None
+    try:
+        yield Pool()
+    finally:
+        ray.shutdown()
 
 
 def rows(results: list[dict[str, Any]]) -> list[list[Any]]:

@@ -76,9 +76,10 @@ class Target(Closed):
     """A chip or a runtime. ``ops`` lists activation widths per op where they differ from ``activations``;
     ``encodings`` are forced output encodings per op and width; ``second_operand_zero`` is the zero point that the
     uint8 second operand of an activation matmul must have; ``equal_widths``: a node's activations all have one width
-    (products with a uint8 second operand apart); ``weight_sharing``: graphs of one context binary can share
-    weights; ``abi``: Android's name of the CPU's machine. ``aliases`` (part numbers, marketing names) and ``devices``
-    can be used in place of the name; ``source`` says where these identifiers come from."""
+    (products with a uint8 second operand apart); ``context_bytes``: constants that one context of the NPU can hold;
+    ``weight_sharing``: graphs of one context binary can share weights; ``abi``: Android's name of the CPU's machine.
+    ``aliases`` (part numbers, marketing names) and ``devices`` can be used in place of the name; ``source`` says where
+    these identifiers come from."""
 
     name: str
     description: str
@@ -93,6 +94,7 @@ class Target(Closed):
     max_rank: int = 5
     unsupported: dict[str, str] = Field(default_factory=dict)
     fp16: bool = False
+    context_bytes: int | None = None
     weight_sharing: bool = False
     aliases: tuple[str, ...] = ()
     devices: tuple[str, ...] = ()

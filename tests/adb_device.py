@@ -5,6 +5,7 @@ Protocol: packages/modules/adb/protocol.txt and SYNC.TXT of Android."""
 
 from __future__ import annotations
 
+import os
 import queue
 import re
 import socket
@@ -15,7 +16,7 @@ import threading
 from pathlib import Path
 
 VERSION, MAX_DATA = 0x01000000, 256 * 1024
-ROOT = "/data/local/tmp"
+ROOTS = {"/data/local/tmp": "files", "/sdcard": "sdcard"}
 PROPS = {
     "ro.product.manufacturer": "Acme", "ro.product.model": "Phone 1", "ro.build.version.release": "15",
     "ro.soc.model": "SM8650", "ro.product.cpu.abilist": "arm64-v8a,x86_64",
@@ -36,8 +37,8 @@ class Phone:
         self.thermal, self.cut_at, self.spoil, self.emulator = 0, "", False, ""
         self.commands: list[str] = []
         self.pushed: list[str] = []
-        (folder / "files").mkdir()
-        (folder / "bin").mkdir()
+        for name in (*ROOTS.values(), "bin"):
+            (folder / name).mkdir()
         self.listener = socket.create_server(("127.0.0.1", 0))
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -46,8 +47,13 @@ class Phone:
         return f"127.0.0.1:{self.listener.getsockname()[1]}"
 
     def local(self, path: str) -> Path:
-        assert path.startswith(ROOT), path
-        return self.folder / "files" / path.removeprefix(ROOT).lstrip("/")
+        (root,) = [root for root in ROOTS if path.startswith(root)]
+        return self.folder / ROOTS[root] / path.removeprefix(root).lstrip("/")
+
+    def install(self, name: str, script: str) -> None:
+        """A program on the phone's PATH."""
+        (self.folder / "bin" / name).write_text(f"#!/bin/sh\n{script}")
+        (self.folder / "bin" / name).chmod(0o755)
 
     def close(self) -> None:
         self.listener.close()
@@ -69,9 +75,15 @@ class Phone:
             return self._with_exit_code(command, f"IsStatusOverride: false\nThermal Status: {self.thermal}\n")
         if command.startswith("dumpsys battery"):
             return self._with_exit_code(command, "  AC powered: false\n  USB powered: true\n  level: 81\n")
-        there = command.replace(ROOT, str(self.folder / "files"))
+        there = command
+        for root, name in ROOTS.items():
+            there = there.replace(root, str(self.folder / name))
         there = re.sub(r"\S+(?= --model_path)", lambda program: f"{self.emulator} {program[0]}", there)
-        return subprocess.run(["sh", "-c", there], stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
+        path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
+        done = subprocess.run(
+            ["sh", "-c", there], env=os.environ | {"PATH": path}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        return done.stdout
 
     @staticmethod
     def _with_exit_code(command: str, text: str) -> bytes:

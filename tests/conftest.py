@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from adb_device import Phone
 
 from edgeforge import cli
 
@@ -42,3 +45,36 @@ def digits(tmp_path_factory):
     out = tmp_path_factory.mktemp("bundles") / "digits"
     export("digits", "snapdragon-8-gen-3", out, "embedded", backend_names=("simulator", "onnx_qdq"))
     return out
+
+
+@pytest.fixture(scope="module")
+def adb_server():
+    """An adb server of our own, on a free port."""
+    adbutils = pytest.importorskip("adbutils", reason="pip install 'edgeforge[adb]'")
+    try:
+        program = adbutils.adb_path()
+    except (OSError, RuntimeError):
+        pytest.skip("no adb program")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    patched = pytest.MonkeyPatch()
+    patched.setenv("ANDROID_ADB_SERVER_PORT", str(port))
+    subprocess.run([program, "-P", str(port), "start-server"], check=True, capture_output=True, timeout=60)
+    yield port
+    subprocess.run([program, "-P", str(port), "kill-server"], check=False, capture_output=True, timeout=60)
+    patched.undo()
+
+
+@pytest.fixture
+def phone(adb_server, tmp_path):
+    """A phone on that server's cable: a stand-in that speaks adb's wire protocol."""
+    import adbutils
+
+    (tmp_path / "phone").mkdir()
+    made = Phone(tmp_path / "phone")
+    client = adbutils.AdbClient()
+    assert "connected to" in client.connect(made.serial, timeout=10)
+    client.wait_for(made.serial, timeout=10)
+    yield made
+    client.disconnect(made.serial)
+    made.close()

@@ -27,9 +27,10 @@ CHOSEN = {
     "linear": (("w8a8", "w8a16", "w4a8", "w4a16", "w4a16-b32"), 4),
     "avg_pool": (("w8a8", "w8a16"), 6),
     "reduce_mean": (("w8a8", "w8a16"), 4),
-    "requantize": (("w8a8", "w8a16"), 6),
-    **dict.fromkeys(("add", "sub", "mul", "matmul", "concat", "relu"), (("w8a8", "w8a16"), 4)),
-    "neg": (("w8a16",), 4),
+    "requantize": (("w8a8", "w8a16"), 8),
+    "mul": (("w8a8", "w8a16"), 8),
+    **dict.fromkeys(("add", "sub", "matmul", "concat", "relu"), (("w8a8", "w8a16"), 4)),
+    **dict.fromkeys(("neg", "pad"), (("w8a16",), 4)),
 }
 
 

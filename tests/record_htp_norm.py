@@ -1,4 +1,4 @@
-"""Softmax and RMSNorm on the HTP emulator: the graphs, their inputs and, run as a script, the recorded integers.
+"""Softmax, RMSNorm and LayerNorm on the HTP emulator: the graphs, their inputs and, run as a script, what it gave.
 
 python tests/record_htp_norm.py        (needs edgeforge[qnn]) writes tests/data/htp_norm.npz"""
 
@@ -36,14 +36,32 @@ def rms_norm(dtype: str, shape: tuple[int, int], eps: float, seed: int) -> tuple
     return graph, np.clip(np.rint(codes), 0, top).astype(NUMPY[dtype])
 
 
-def softmax(shape: tuple[int, int], scale: float, seed: int) -> tuple[Graph, np.ndarray]:
+def layer_norm(dtype: str, shape: tuple[int, int], seed: int) -> tuple[Graph, np.ndarray]:
+    """Rows of growing amplitude about other means (the first is constant), a gain with zeros in it, and a bias."""
+    rng, top = np.random.default_rng(seed), RANGE[dtype][1]
+    spread = np.linspace(0, top / 5, shape[0])[:, None]
+    codes = rng.uniform(0.2, 0.8, (shape[0], 1)) * top + rng.normal(0, 1, shape) * spread
+    x = TensorType(shape, dtype, QParams(np.float32(11.3 / top), top // 2))
+    w = TensorType(shape[1:], "u8", QParams(np.float32(0.011), 80))
+    bias = QParams(np.full(shape[1], x.q.scale * w.q.scale), 0, axis=0)
+    y = TensorType(shape, dtype, QParams(np.float32(7.7 / top), top // 3))
+    values = {"x": Value("x", x), "y": Value("y", y)}
+    values["w"] = Value("w", w, rng.integers(0, 256, shape[1]).astype(np.uint8))
+    values["b"] = Value("b", TensorType(shape[1:], "i32", bias), bias.quantize(rng.normal(0, 1, shape[1]), "i32"))
+    node = Node("layer_norm", ("x", "w", "b"), "y", {"eps": 1e-5})
+    graph = with_profile(Graph("norm", "integer", ("x",), (node,), ("y",), values), TARGET.numerics)
+    return graph, np.clip(np.rint(codes), 0, top).astype(NUMPY[dtype])
+
+
+def softmax(shape: tuple[int, int], scale: float, seed: int, dtype: str = "u16") -> tuple[Graph, np.ndarray]:
     """Rows of logits of growing spread, half of the entries masked by -20; the first row is constant."""
-    rng = np.random.default_rng(seed)
+    rng, top = np.random.default_rng(seed), RANGE[dtype][1]
+    zero = int(0.763 * top)
     real = rng.normal(0, np.linspace(0, 4, shape[0])[:, None], shape)
     real[shape[0] // 2 :] -= 20.0 * (rng.random(shape[1]) < 0.5)
-    codes = np.clip(np.rint(real / scale) + 50000, 0, 65535).astype(np.uint16)
-    x = TensorType(shape, "u16", QParams(np.float32(scale), 50000))
-    y = TensorType(shape, "u16", QParams(np.float32(1 / 65536), 0))
+    codes = np.clip(np.rint(real / scale) + zero, 0, top).astype(NUMPY[dtype])
+    x = TensorType(shape, dtype, QParams(np.float32(scale), zero))
+    y = TensorType(shape, dtype, QParams(np.float32(1 / (top + 1)), 0))
     node = Node("softmax", ("x",), "y", {"axis": 1})
     values = {"x": Value("x", x), "y": Value("y", y)}
     return with_profile(Graph("softmax", "integer", ("x",), (node,), ("y",), values), TARGET.numerics), codes
@@ -55,6 +73,9 @@ def cases() -> dict[str, tuple[Graph, np.ndarray]]:
         "rms_norm16_eps": rms_norm("u16", (6, 64), 1.0, 2),
         "rms_norm8": rms_norm("u8", (12, 96), 1e-5, 3),
         "softmax16": softmax((12, 96), 5e-4, 4),
+        "softmax8": softmax((12, 96), 0.061, 5, "u8"),
+        "layer_norm16": layer_norm("u16", (12, 96), 6),
+        "layer_norm8": layer_norm("u8", (12, 96), 7),
     }
 
 

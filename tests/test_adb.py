@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -25,40 +24,12 @@ from edgeforge.bundle import load_bundle  # noqa: E402
 from edgeforge.devices import adb, runners  # noqa: E402
 from edgeforge.devices.store import RESULTS  # noqa: E402
 from edgeforge.errors import BackendFailed  # noqa: E402
+from edgeforge.target import load_target  # noqa: E402
 
 SOURCE = Path(__file__).with_name("executor_runner.cpp")
 LIBRARIES = ("", "_backend_xnnpack", "_kernels_optimized", "_kernels_quantized", "_threadpool")
 #: An unpacked wheel of ExecuTorch for aarch64: with it, a cross compiler and qemu the Arm side is run as well.
 ARM = os.environ.get("EDGEFORGE_AARCH64_EXECUTORCH", "")
-
-
-@pytest.fixture(scope="module")
-def server():
-    """An adb server of our own, on a free port."""
-    try:
-        program = adbutils.adb_path()
-    except (OSError, RuntimeError):
-        pytest.skip("no adb program")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    patched = pytest.MonkeyPatch()
-    patched.setenv("ANDROID_ADB_SERVER_PORT", str(port))
-    subprocess.run([program, "-P", str(port), "start-server"], check=True, capture_output=True, timeout=60)
-    yield port
-    subprocess.run([program, "-P", str(port), "kill-server"], check=False, capture_output=True, timeout=60)
-    patched.undo()
-
-
-@pytest.fixture
-def phone(server, tmp_path):
-    (tmp_path / "phone").mkdir()
-    made = Phone(tmp_path / "phone")
-    client = adbutils.AdbClient()
-    assert "connected to" in client.connect(made.serial, timeout=10)
-    client.wait_for(made.serial, timeout=10)
-    yield made
-    client.disconnect(made.serial)
-    made.close()
 
 
 @pytest.fixture(scope="module")
@@ -239,13 +210,10 @@ def test_the_npu_program_runs_with_the_libraries_that_are_named(run, phone, npu_
     assert not any(".part" in path for path in phone.pushed[first:])
 
 
-def test_the_npu_program_is_refused_on_another_chip_and_without_libraries(run, phone, npu_bundle, libraries, tmp_path):
+def test_the_npu_program_is_refused_without_its_libraries(run, phone, npu_bundle, libraries, tmp_path):
     program = script(tmp_path, "qnn_executor_runner")
     with pytest.raises(Failed, match="--libraries"):
         run(*words(npu_bundle, program))
-    phone.props["ro.soc.model"] = "SM8550"
-    with pytest.raises(Failed, match="for SM8650, the phone has SM8550 -> export with --target SM8550"):
-        run(*words(npu_bundle, program, "--libraries", libraries))
     (libraries / "libQnnHtpV75Stub.so").write_bytes(elf(0x28))
     with pytest.raises(Failed, match=r"V75Stub\.so is built for armeabi-v7a"):
         run(*words(npu_bundle, program, "--libraries", libraries))
@@ -255,21 +223,34 @@ def test_the_npu_program_is_refused_on_another_chip_and_without_libraries(run, p
 def test_onnxruntime_perf_test_times_and_does_not_compare(run, phone, npu_bundle, tmp_path):
     program = script(tmp_path, "onnxruntime_perf_test")
     (found,) = json.loads(run(*words(npu_bundle, program)))["results"]
-    assert found["artifact"] == "onnx_qdq" and found["golden"]["status"] == "not run"
-    assert found["flags"] == ["golden vectors not run"] and "not compared" in found["notes"][0]
+    assert found["artifact"] == "onnx_qdq" and found["flags"] == ["golden vectors not checked"]
+    golden = found["golden"]
+    assert golden["status"] == "not checked" and golden["where"] == "onnxruntime_perf_test keeps no outputs to compare"
     assert len(found["latency_us"]) == 6 and found["load_ms"] > 0 and found["peak_memory_mb"] > 10
 
 
-def test_a_phone_unlike_the_target_is_noted_where_the_program_runs_anyway(run, phone, bundle, runner):
-    phone.props |= {"ro.soc.model": "SM8550", "ro.product.cpu.abilist": "x86_64,arm64-v8a"}
-    (found,) = json.loads(run(*words(bundle, runner)))["results"]
-    assert found["notes"] == [
-        "the target's ABI is arm64-v8a, the phone's x86_64",
-        "the bundle is for SM8650, the phone has SM8550",
-    ]
-    del phone.props["ro.soc.model"]
-    (found,) = json.loads(run(*words(bundle, runner)))["results"]
-    assert "does not say" in found["notes"][1] and found["device"]["soc"] == ""
+@pytest.mark.parametrize(
+    ("chip", "why"),
+    [
+        ("SM8550", "the bundle is for SM8650, the phone has SM8550"),
+        ("", "the bundle is for SM8650, the phone does not say what it has"),
+    ],
+)
+def test_a_phone_with_another_chip_or_none_is_refused_unless_that_is_asked_for(run, phone, bundle, runner, chip, why):
+    phone.props |= {"ro.soc.model": chip, "ro.product.cpu.abilist": "x86_64,arm64-v8a"}
+    with pytest.raises(Failed, match=f"{why} -> export with --target {chip or 'CHIP'}, .* --any-chip") as failed:
+        run(*words(bundle, runner))
+    assert failed.value.code == 2 and phone.pushed == [] and not (bundle / RESULTS).exists()
+    (found,) = json.loads(run(*words(bundle, runner, "--any-chip")))["results"]
+    assert found["conditions"]["other_chip"] == why and found["flags"] == [why]
+    assert found["notes"] == ["the target's ABI is arm64-v8a, the phone's x86_64"]
+    assert found["device"]["soc"] == chip and found["golden"]["status"] == "identical"
+
+
+def test_a_bundle_for_no_chip_in_particular_runs_on_any_phone(phone):
+    found = adb.read_phone(adbutils.AdbClient().device(phone.serial))
+    assert adb.other_chip(found, load_target("arm64-xnnpack"), allowed=False) == ""
+    assert adb.other_chip(found, load_target("snapdragon-8-gen-3"), allowed=False) == ""
 
 
 def test_the_artifact_is_the_runners_or_the_one_that_is_named(run, phone, bundle, runner, tmp_path):
@@ -292,7 +273,7 @@ def test_a_program_for_another_machine_is_refused_before_it_is_pushed(run, phone
     assert phone.pushed == []
 
 
-def test_the_phone_is_named_when_there_are_several_or_none(run, phone, server, bundle, runner, tmp_path):
+def test_the_phone_is_named_when_there_are_several_or_none(run, phone, bundle, runner, tmp_path):
     with pytest.raises(Failed, match="not connected"):
         run(*words(bundle, runner, "--serial", "R5CT"))
     (tmp_path / "other").mkdir()

@@ -23,11 +23,16 @@ def test_both_graphs_are_timed_and_reported(run, bundle, tmp_path):
     for result in found:
         assert len(result["latency_us"]) == 4
         assert result["golden"]["identical"] > 0.9 and result["golden"]["max_lsb"] is not None
+    prefill, decode = found
+    assert prefill["first_token_ms"] * 1e3 == pytest.approx(prefill["percentiles_us"]["p50"])
+    assert decode["tokens_per_second"] == pytest.approx(1e6 / decode["percentiles_us"]["p50"])
+    assert prefill["tokens_per_second"] is None and decode["first_token_ms"] is None
     assert {r["artifact"] for r in json.loads(run("results", "--json"))["results"]} == {
         "onnx_qdq prefill", "onnx_qdq decode"}  # fmt: skip
-    run("report", bundle, "--no-run", "--out", tmp_path / "page.html")
+    assert "tokens/s" in run("report", bundle, "--no-run", "--out", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert page.count('<section class="bundle"') == 2 and "prefill w8a8" in page and "decode w8a8" in page
+    assert "tokens/s" in page and "first token ms" in page
 
 
 @pytest.mark.parametrize("place", ["hub", "adb"])

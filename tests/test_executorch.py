@@ -204,7 +204,8 @@ def test_xnnpack_refuses_16_bit_layers_where_no_other_is_8_bit() -> None:
 
 
 @needs_executorch
-def test_a_damaged_program_is_an_error_that_names_its_log(tmp_path: Path) -> None:
+def test_a_damaged_program_is_an_error_that_names_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # the log stays
     (tmp_path / "model.pte").write_bytes(b"not a program" * 100)
     _, graph, real = convolutions()
     with pytest.raises(BackendFailed, match=r"executorch_xnnpack: .*log: "):

@@ -31,6 +31,7 @@ LAYERS = (
     ("compress",),
     ("backends",),
     ("bundle", "measured"),
+    ("steps",),
     ("estimate", "validate", "llm", "conformance"),
     ("devices",),
     ("report",),

@@ -14,6 +14,8 @@ from edgeforge.dialects.onnx import to_onnx
 from edgeforge.ir.graph import Graph, Node
 from edgeforge.ir.rules import rule_of
 from edgeforge.ir.types import QParams, TensorType, Value
+from edgeforge.quantize.convert import with_profile
+from edgeforge.sim.evaluate import simulate
 from edgeforge.target import load_target
 
 TARGET = load_target("snapdragon-8-gen-3")
@@ -85,6 +87,45 @@ def test_a_form_that_hexagon_computes_wrongly_is_refused():
     assert not _htp.refusals(convolution("u8", (2, 2), 8), TARGET)
 
 
+def mixing(groups: int, repeated: int, rows: int) -> Graph:
+    """The mixing of values in attention: [1, groups * repeated, rows, 24] scores times [1, groups, 24, 16] values."""
+    heads, q16 = groups * repeated, QParams(np.float32(4 / 65535), 32768)
+    kinds = {
+        "a": TensorType((1, heads, rows, 24), "u16", QParams(np.float32(1 / 65536))),
+        "rows": TensorType((1, groups, repeated * rows, 24), "u16", QParams(np.float32(1 / 65536))),
+        "b": TensorType((1, groups, 24, 16), "u8", QParams(np.float32(0.02), 128)),
+        "m": TensorType((1, groups, repeated * rows, 16), "u16", q16),
+        "q": TensorType((1, groups, repeated * rows, 16), "u8", QParams(np.float32(4 / 255), 128)),
+        "y": TensorType((1, heads, rows, 16), "u8", QParams(np.float32(4 / 255), 128)),
+    }
+    nodes = (
+        Node("reshape", ("a",), "rows", {"shape": kinds["rows"].shape}),
+        Node("matmul", ("rows", "b"), "m"),
+        Node("requantize", ("m",), "q"),
+        Node("reshape", ("q",), "y", {"shape": kinds["y"].shape}),
+    )
+    values = {name: Value(name, kind) for name, kind in kinds.items()}
+    return with_profile(Graph("mixing", "integer", ("a", "b"), nodes, ("y",), values), TARGET.numerics)
+
+
+def test_heads_whose_rows_hexagon_mixes_up_are_refused():
+    (reason,) = _htp.refusals(mixing(2, 2, 8), TARGET)
+    assert "mixes up the rows" in reason.why and "language.chunk" in reason.remedy
+    for groups, repeated, rows in ((2, 2, 16), (1, 2, 8), (2, 4, 8), (2, 1, 8)):
+        assert not _htp.refusals(mixing(groups, repeated, rows), TARGET)
+
+
+@pytest.mark.skipif(bool(BACKEND.missing()), reason="needs onnxruntime-qnn")
+@pytest.mark.parametrize(("shape", "right"), [((2, 2, 8), False), ((2, 2, 16), True)])
+def test_hexagon_mixes_up_the_rows_that_are_refused_and_no_others(shape, right):
+    graph, rng = mixing(*shape), np.random.default_rng(0)
+    scores = rng.dirichlet(np.ones(24), graph.type("a").shape[:3])
+    values = rng.integers(0, 256, graph.type("b").shape).astype(np.uint8)
+    feeds = {"a": np.rint(scores * 65535).astype(np.uint16), "b": values}
+    found = BACKEND.evaluate(graph, TARGET, feeds)["y"] == simulate(graph, feeds)["y"]
+    assert found.all() if right else found.mean() < 0.5
+
+
 def test_clamps_are_written_so_that_hexagon_does_not_merge_them():
     case = next(c for c in CASES.values() if "clamp" in c.graph.nodes[0].attrs and c.graph.values["y"].type.q.zero > 0)
     ops = [node.op_type for node in to_onnx(case.graph).graph.node]
@@ -98,3 +139,83 @@ def test_block_wise_weights_are_written_with_two_levels_of_scales():
     assert chain[:3] == ["DequantizeLinear", "QuantizeLinear", "DequantizeLinear"]
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
     assert initializers["w/multiples"].data_type == 2 and initializers["w/real"].data_type == 1
+
+
+def chain(*nodes: Node, zero: int = 40, dtype: str = "u8", shape: tuple[int, ...] = (1, 4, 6, 6)) -> Graph:
+    """Nodes of one input each, all of one encoding, but that a requantize doubles the scale."""
+    values, scale = {"x": Value("x", TensorType(shape, dtype, QParams(np.float32(0.02), zero)))}, 0.02
+    for node in nodes:
+        scale *= 2 if node.op == "requantize" else 1
+        values[node.output] = Value(node.output, TensorType(shape, dtype, QParams(np.float32(scale), zero)))
+    return Graph("chain", "integer", ("x",), nodes, (nodes[-1].output,), values)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "zero", "rule"),
+    [
+        ((Node("requantize", ("x",), "y"),), 40, "htp_requantize"),
+        ((Node("relu", ("x",), "r"), Node("requantize", ("r",), "y")), 40, "htp_table"),
+        ((Node("relu", ("x",), "r"), Node("requantize", ("r",), "y")), 0, "htp_requantize"),
+        ((Node("requantize", ("x",), "y"), Node("sigmoid", ("y",), "z")), 40, "htp_table"),
+        ((Node("silu", ("x",), "s"), Node("requantize", ("s",), "y")), 40, "htp_requantize"),
+    ],
+)
+def test_a_requantize_beside_a_table_becomes_part_of_it(nodes, zero, rule):
+    graph = chain(*nodes, zero=zero)
+    view = graph.view(graph.producers()["y"])
+    assert rule_of("htp-v73", "table", view).name == rule
+
+
+def test_a_relu_behind_a_clip_is_joined_with_it():
+    clip = Node("clip", ("x",), "c", {"low_real": -1.0, "high_real": 2.0})
+    prepared, edits = _htp.prepare(chain(clip, Node("relu", ("c",), "y")), TARGET)
+    assert [(node.op, node.output, node.attrs) for node in prepared.nodes] == [
+        ("clip", "y", {"low_real": 0.0, "high_real": 2.0})
+    ]
+    assert "upper limit" in edits[0].why
+
+
+def test_padding_at_the_right_is_kept_off_element_wise_results_of_16_bits():
+    def padded(dtype: str, pads: tuple[int, int, int, int]) -> list[str]:
+        graph = chain(Node("relu", ("x",), "r"), Node("pad", ("r",), "y", {"pads": pads}), dtype=dtype)
+        return [node.op for node in _htp.prepare(graph, TARGET)[0].nodes]
+
+    assert padded("u16", (1, 0, 1, 2)) == ["relu", "max_pool", "pad"]
+    assert padded("u16", (1, 1, 1, 2)) == padded("u8", (1, 0, 1, 2)) == ["relu", "pad"]
+
+
+def test_rsqrt_is_written_as_two_functions_with_integer_kernels():
+    prepared, _ = _htp.prepare(chain(Node("rsqrt", ("x",), "y"), zero=0), TARGET)
+    assert [node.op for node in prepared.nodes] == ["sqrt", "reciprocal"]
+    assert float(prepared.type(prepared.nodes[0].output).q.scale) == pytest.approx((255 * 0.02) ** 0.5 / 255)
+
+
+@pytest.mark.parametrize(
+    ("axes", "keepdims", "ops"),
+    [
+        ((2, 3), True, ["reduce_mean"]),
+        ((3,), True, ["reshape", "reduce_mean", "reshape"]),
+        ((1, 3), False, ["transpose", "reshape", "reduce_mean", "reshape"]),
+    ],
+)
+def test_every_mean_is_written_as_the_mean_of_an_image(axes, keepdims, ops):
+    shape = (1, 4, 6, 6)
+    kept = tuple(1 if axis in axes else size for axis, size in enumerate(shape) if keepdims or axis not in axes)
+    graph = chain(Node("reduce_mean", ("x",), "y", {"axes": axes, "keepdims": keepdims}))
+    graph.values["y"] = Value("y", TensorType(kept, "u8", graph.type("y").q))
+    prepared, _ = _htp.prepare(graph, TARGET)
+    mean = next(node for node in prepared.nodes if node.op == "reduce_mean")
+    assert [node.op for node in prepared.nodes] == ops and mean.attrs == {"axes": (2, 3), "keepdims": True}
+    assert prepared.type("y").shape == kept
+
+
+@pytest.mark.parametrize(
+    ("ratio", "refused"),
+    [(0.125, False), (0.125 * (1 + 1e-5), True), (0.125 * (1 + 1e-4), False), (0.0625 * (1 + 1e-5), False)],
+)
+def test_a_product_whose_compilation_would_not_end_is_refused(ratio, refused):
+    graph = chain(Node("mul", ("x", "x"), "y"), dtype="u16")
+    q = graph.type("x").q
+    wide = QParams(np.float32(float(q.scale) ** 2 / ratio), q.zero)
+    graph.values["y"] = Value("y", TensorType(graph.type("y").shape, "u16", wide))
+    assert bool(_htp.refusals(graph, TARGET)) == refused

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -99,6 +100,15 @@ def test_an_onnx_model_is_compiled_linked_and_run_on_two_devices_at_once(server,
     assert sorted(r.device.name for r in results) == [S24, S25]
     assert server.created == {(kind, d): 1 for kind in ("compile", "link", "inference") for d in (S24, S25)}
     assert set(server.uploads.values()) == {1} and len(server.uploads) == 2  # the model, the inputs
+
+
+@pytest.mark.parametrize("fault", [None, Fault(r"POST /form/\w+", "truncate"), Fault(r"PUT /blob/\w+/\d+", "truncate")])
+def test_no_temporary_file_is_left(server, bundle, tmp_path, monkeypatch, fault):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    server.faults = [fault] if fault else []
+    bench(bundle)
+    assert list((tmp_path / "temporary").iterdir()) == [] and tempfile.gettempdir() == str(tmp_path / "temporary")
 
 
 def test_a_second_run_uploads_nothing_again_and_measures_anew(server, bundle):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import Failed
 
 from edgeforge import backends, cli
 from edgeforge.bundle import load_bundle
@@ -22,6 +24,7 @@ from edgeforge.llm.evaluate import (
     multiple_choice,
     perplexity,
     read_questions,
+    scoring,
     simulator_scorer,
     text_of,
     windows,
@@ -171,8 +174,11 @@ def test_perplexity_of_float_fake_quantized_and_integer_agree(bundle, folder):
     for fake in (True, False):
         assert abs(perplexity(simulator_scorer(bundle, fake), data) / wanted - 1) < bound
     few = windows([(folder / "calibration.txt").read_text()], text, None, 1)
-    steps = perplexity(artifact_scorer(simulated(bundle)), few)
-    assert steps == pytest.approx(perplexity(simulator_scorer(bundle), few), rel=1e-12)
+    wanted = perplexity(simulator_scorer(bundle), few)
+    assert perplexity(artifact_scorer(simulated(bundle)), few) == pytest.approx(wanted, rel=1e-12)
+    with scoring(bundle, "simulator") as session:
+        assert session.graphs["prefill"].type("logits").shape == (1, 8, 96)
+        assert perplexity(artifact_scorer(session), few) == pytest.approx(wanted, rel=1e-12)
 
 
 def test_onnx_runtime_takes_both_graphs(bundle):
@@ -280,7 +286,7 @@ def test_windows_score_every_token_once_with_the_longest_past(small):
 # --------------------------------------------------------------------------------------- command line
 
 
-def run(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
+def command(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", ["edgeforge", *words])
     with pytest.raises(SystemExit) as done:
         cli.main()
@@ -290,12 +296,12 @@ def run(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
 
 def test_generate_and_eval_print_one_json_document(small, folder, monkeypatch, capsys):
     place = str(small.path)
-    code, out, _ = run(monkeypatch, capsys, "generate", place, "--prompt", "w9 w8", "--max-tokens", "3", "--json")
+    code, out, _ = command(monkeypatch, capsys, "generate", place, "--prompt", "w9 w8", "--max-tokens", "3", "--json")
     found = json.loads(out)
     assert code == 0 and len(found["tokens"]) == 3 and found["source"].startswith("simulated")
     assert found["prefill_ms"] > 0 and found["decode_tokens_per_second"] > 0
     words = ["eval", place, "--text", str(folder / "calibration.txt"), "--limit", "2", "--model", str(folder), "--json"]
-    code, out, _ = run(monkeypatch, capsys, *words, "--backend", "onnx_qdq")
+    code, out, _ = command(monkeypatch, capsys, *words, "--backend", "onnx_qdq")
     found = json.loads(out)
     assert code == 0 and [r["engine"] for r in found["results"]] == ["float", "fake-quant", "simulator", "onnx_qdq"]
     assert "context 24" in found["protocol"] and all(r["perplexity"] > 1 for r in found["results"])
@@ -311,7 +317,7 @@ def test_what_cannot_be_done_is_said(small, folder, tmp_path, monkeypatch, capsy
         "context 65 is not in 2..64": (*out, "--set", "language.context=65"),
     }
     for message, words in refused.items():
-        code, _, err = run(monkeypatch, capsys, *words)
+        code, _, err = command(monkeypatch, capsys, *words)
         assert code == 2 and message in err and "Traceback" not in err, err
     assert not (tmp_path / "x").exists()
 
@@ -324,13 +330,11 @@ def test_a_text_too_short_for_a_prefill_step_is_refused(folder, tmp_path):
 
 def test_the_readme_of_a_bundle_names_files_that_exist(small):
     text = (small.path / "README.txt").read_text()
-    for name in ("onnx_qdq/decode/model.onnx", "executorch_xnnpack/decode/model.pte"):
+    for name in ("onnx_qdq/decode/model.onnx", "executorch_xnnpack/model.pte"):
         assert f"artifacts/{name}" in text and (small.path / "artifacts" / name).is_file()
 
 
 def test_a_flipped_byte_in_the_prefill_graph_is_found(small, tmp_path):
-    import shutil
-
     copy = shutil.copytree(small.path, tmp_path / "b")
     text = (copy / "prefill.txt").read_text()
     (copy / "prefill.txt").write_text(text.replace('"start": 8', '"start": 9', 1))
@@ -352,7 +356,8 @@ def test_padding_the_mlp_keeps_the_function():
     np.testing.assert_allclose(float_scorer(wide, 8)(ids), float_scorer(plain, 8)(ids), atol=1e-5)
 
 
-def test_a_child_that_dies_becomes_an_error_with_its_log(tmp_path):
+def test_a_child_that_dies_becomes_an_error_with_its_log(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # the log stays
     from edgeforge.backends._child import served
 
     with (
@@ -380,14 +385,181 @@ def test_the_scoring_graph_keeps_every_logit(small):
 needs_qnn = pytest.mark.skipif(bool(backends.backend("executorch_qnn").missing()), reason="needs the vendor's packages")
 
 
+# ------------------------------------------------------------------------------- weights of both graphs once
+
+
+def test_xnnpack_has_one_program_that_holds_equal_constants_once(small, tmp_path):
+    (file,) = small.manifest.backends["executorch_xnnpack"].files
+    chosen, decode = backends.backend("executorch_xnnpack"), small.parts[1]
+    chosen.compile(decode.graph, small.target, tmp_path)
+    alone = (tmp_path / "model.pte").stat().st_size
+    assert (small.path / file).stat().st_size < 1.5 * alone
+    feeds = decode.golden_part("input")
+    wanted = chosen.run(tmp_path, decode.graph, small.target, feeds)
+    for name, codes in chosen.run(decode.artifact(chosen.name), decode.graph, small.target, feeds).items():
+        np.testing.assert_array_equal(codes, wanted[name])
+
+
+@needs_qnn
+def test_a_shared_context_is_smaller_and_not_for_the_emulator(small, tmp_path):
+    """Should it load one day, it can stand for the two contexts that are built beside it."""
+    chosen, graphs = backends.backend("ort_qnn"), {part.part: part.graph for part in small.parts}
+    made = backends.compile_parts(chosen, graphs, small.target, tmp_path, shared=True)
+    shared = [tmp_path / file for file in made.files if file.startswith("shared/")]
+    assert [file.name for file in shared] == ["decode_ctx.onnx", "prefill_ctx.onnx", "prefill_ctx_qnn.bin"]
+    apart = sum((tmp_path / part / "model_ctx_qnn.bin").stat().st_size for part in graphs)
+    assert shared[2].stat().st_size < 0.8 * apart
+    assert all(b"prefill_ctx_qnn.bin" in file.read_bytes() for file in shared[:2])
+    (tmp_path / "decode" / "model_ctx.onnx").write_bytes(shared[0].read_bytes())
+    (tmp_path / "decode" / "prefill_ctx_qnn.bin").write_bytes(shared[2].read_bytes())
+    with pytest.raises(BackendFailed, match="QNN_COMMON_ERROR_NOT_SUPPORTED"):
+        chosen.run(tmp_path / "decode", graphs["decode"], small.target, small.golden_part("input"))
+
+
+def test_a_target_that_shares_no_weights_says_so(folder, tmp_path):
+    with pytest.raises(InvalidInput, match=r"shares no weights.*shared_context=false"):
+        export(
+            str(folder), "snapdragon-8-gen-1", tmp_path / "x", "embedded",
+            assignments=(*SHAPE, "language.shared_context=true"),
+        )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------ 8da4w
+
+
+@pytest.fixture(scope="module")
+def dynamic(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("llm") / "dynamic"
+    names = ("simulator", "executorch_xnnpack")
+    return export(str(folder), TARGET, out, "embedded", "8da4w-b32", names, assignments=SHAPE)
+
+
+def test_dynamic_linears_have_4_bits_in_groups_and_the_head_8(dynamic):
+    graph = dynamic.graph
+    linears = [node for node in graph.nodes if node.op == "linear"]
+    assert graph.level == "float" and all(node.attrs["dynamic"] for node in linears)
+    kinds = {node.source: graph.type(node.inputs[1]) for node in linears}
+    assert kinds["lm_head"].dtype == "i8" and kinds["lm_head"].q.block is None
+    del kinds["lm_head"]
+    assert {(kind.dtype, kind.q.block) for kind in kinds.values()} == {("i4", 32)}
+    for kind in kinds.values():
+        assert not (kind.q.scale.view(np.uint32) & 0xFFFF).any()  # bfloat16
+
+
+def test_xnnpack_computes_dynamic_linears_as_the_simulator_does(dynamic, folder):
+    assert dynamic.manifest.backends["executorch_xnnpack"].islands
+    for part in dynamic.parts:
+        chosen, golden = backends.backend("executorch_xnnpack"), part.golden_part("output")
+        got = chosen.run(part.artifact(chosen.name), part.graph, part.target, part.golden_part("input"))
+        for name, y in got.items():
+            assert np.abs(y - golden[name]).max() < 0.02 * golden[name].std()
+    text = text_of(dynamic, 0)
+    data = windows([(folder / "calibration.txt").read_text()], text, None, 4)
+    wanted = perplexity(float_scorer(load_model(str(folder)).language, 24), data)
+    assert abs(perplexity(simulator_scorer(dynamic), data) / wanted - 1) < 0.25
+
+
+def test_rows_are_rounded_as_torch_does():
+    import torch.ao.quantization.fx._decomposed
+
+    from edgeforge.ops.linear import round8
+
+    made = torch.ops.quantized_decomposed
+    x = torch.randn(64, 40, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 64)[:, None]
+    x[0], x[1] = x[0].abs(), -x[1].abs()
+    scale, zero = made.choose_qparams_per_token_asymmetric(x, torch.int8)
+    codes = made.quantize_per_token(x, scale, zero, -128, 127, torch.int8)
+    wanted = made.dequantize_per_token(codes, scale, zero, -128, 127, torch.int8, torch.float32)
+    off = (round8(torch, x) - wanted).abs() / scale
+    assert off.max() < 1.01 and (off > 0.01).float().mean() < 1e-3  # ties: x / scale against x * (1 / scale)
+
+
+@pytest.mark.parametrize("name", ["onnx_qdq", "ort_qnn", "executorch_qnn"])
+def test_other_backends_refuse_dynamic_linears(dynamic, name):
+    chosen = backends.backend(name)
+    reason = backends.refusals(chosen, [dynamic.graph], dynamic.target)[0]
+    assert reason.why == f"{name} takes static encodings only" and "w8a8" in reason.remedy
+
+
+def test_dynamic_precision_is_for_whole_language_models(run, folder, tmp_path):
+    out = ("--target", TARGET, "--calibration", "embedded", "--out", tmp_path / "x")
+    with pytest.raises(Failed, match="offered for language models with a cache") as failed:
+        run("export", "digits", *out, "--precision", "8da4w-b32")
+    assert failed.value.code == 2
+    with pytest.raises(Failed, match="onnx_qdq takes static encodings only") as failed:
+        shape = [word for entry in SHAPE for word in ("--set", entry)]
+        run("export", folder, *out, *shape, "--precision", "8da4w-b32", "--backend", "onnx_qdq")
+    assert failed.value.code == 2
+    with pytest.raises(Failed, match="is for a whole model, not for a layer") as failed:
+        run("export", folder, *out, "--set", "overrides=[{match: lm_head, precision: 8da4w-b32}]")
+    assert failed.value.code == 2
+
+
+# --------------------------------------------------------------------------------------------------- bad input
+
+
+def _config(place: Path, **changes) -> None:
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def _weights(place: Path, change) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(place / "model.safetensors")
+    change(tensors)
+    save_file(tensors, place / "model.safetensors")
+
+
+def _index(place: Path) -> None:
+    from safetensors import safe_open
+
+    with safe_open(place / "model.safetensors", "pt") as stored:
+        places = dict.fromkeys(stored.keys(), "model.safetensors")
+    places["model.norm.weight"] = "model-00002-of-00002.safetensors"
+    (place / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+BAD = {
+    "missing shard": (_index, "shard model-00002-of-00002.safetensors is missing"),
+    "tensor shape": (lambda p: _weights(p, lambda t: t.update({Q: t[Q][:, 1:].contiguous()})), "is (64, 63)"),
+    "NaN": (lambda p: _weights(p, lambda t: t[Q].view(-1)[5].fill_(float("nan"))), f"{Q} holds NaN or infinity"),
+    "vocabulary": (lambda p: _config(p, vocab_size=90), "ids up to 94, the embedding has 90 rows"),
+    "architecture": (lambda p: _config(p, model_type="mixtral"), "'mixtral' is not covered"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_bad_folder_ends_the_export_with_exit_code_2(what, run, folder, tmp_path):
+    damage, message = BAD[what]
+    copy = shutil.copytree(folder, tmp_path / "m")
+    damage(copy)
+    if what == "vocabulary":
+        tables = ("model.embed_tokens.weight", "lm_head.weight")
+        _weights(copy, lambda t: t.update({name: t[name][:90].contiguous() for name in tables}))
+    with pytest.raises(Failed) as failed:
+        run("export", copy, "--target", TARGET, "--calibration", "embedded", "--out", tmp_path / "x")
+    assert failed.value.code == 2 and message in failed.value.said and "Traceback" not in failed.value.said
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_prompt_longer_than_the_context_ends_with_exit_code_2(run, small):
+    with pytest.raises(Failed, match="do not fit the context of 24 -> a shorter prompt") as failed:
+        run("generate", small.path, "--prompt", "w9 " * 30)
+    assert failed.value.code == 2
+
+
 @pytest.mark.slow
 @needs_qnn
 def test_the_hexagon_emulator_runs_both_graphs_from_one_child_each(folder, tmp_path):
     names = ("ort_qnn", "executorch_qnn")
-    bundle = export(str(folder), TARGET, tmp_path / "q", "embedded", "w8a8", names, assignments=SHAPE)
+    shape = ("language.context=24", "language.chunk=4", "calibration.samples=8")
+    bundle = export(str(folder), TARGET, tmp_path / "q", "embedded", "w8a8", names, assignments=shape)
     ids, texts = prompt_tokens(bundle, "w9 w8 w7 w6 w5 w20 w21 w22 w23 w24"), {}
     for name in names:
         with opened(bundle, name) as session:
             texts[name] = [token for token, _ in continued(bundle, session, ids, 5)]
     assert texts["ort_qnn"] == texts["executorch_qnn"] and len(texts["ort_qnn"]) == 5
-    assert Path(bundle.path / "artifacts" / "ort_qnn" / "decode").is_dir()
+    for result in validate(bundle, only=names):
+        assert result.ran and result.identical == 1, result

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import runpy
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from PIL import Image
 
 from edgeforge.devices.result import SCHEMA
 from edgeforge.devices.store import bundle_hash
+from edgeforge.resources import folder
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DATA = Path(os.environ.get("EDGEFORGE_DATA", "../shared/data"))
@@ -24,13 +26,23 @@ REFERENCE = Path(__file__).parent / "golden" / "report.png"
 CLOSE = 6.0
 
 
+def untrained():
+    """MobileNetV2 with the weights that PyTorch starts with: its page has the same nodes, tables and charts."""
+    import torch
+
+    torch.manual_seed(0)
+    code = runpy.run_path(str(folder("models") / "mobilenetv2" / "model.py"))
+    return code["MobileNetV2"]().eval(), (torch.zeros(1, 3, 224, 224),)
+
+
 @pytest.fixture(scope="module")
 def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    if BROWSER is None:
-        pytest.skip("no Chromium on this machine")
     with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        program = BROWSER or started.chromium.executable_path
+        if not Path(program).is_file():
+            pytest.skip("no Chromium on this machine -> make browser")
+        chromium = started.chromium.launch(executable_path=program, args=["--no-sandbox"])
         yield chromium
         chromium.close()
 
@@ -155,17 +167,17 @@ def test_the_page_looks_as_on_record(opened, page_of, digits):
 def test_the_page_is_small_and_painted_within_two_seconds_on_a_slow_processor(
     run, opened, page_of, digits, tmp_path, model
 ):
-    bundle = digits
+    bundle, name, calibration = digits, model, "embedded"
     if model == "mobilenetv2" and not (DATA / "vision_mobilenetv2").is_dir():
-        pytest.skip("needs the weights of MobileNetV2")
+        name, calibration = "test_report:untrained", "random"
     if model != "digits":
-        words = ("--target", "snapdragon-8-gen-3", "--calibration", "embedded", "--backend", "simulator")
         bundle = tmp_path / model
-        run("export", model, *words, "--set", "calibration.samples=8", "--out", bundle)
+        words = ("--target", "snapdragon-8-gen-3", "--calibration", calibration, "--backend", "simulator")
+        run("export", name, *words, "--set", "calibration.samples=8", "--out", bundle)
     file = page_of(bundle)
     assert file.stat().st_size < 5e6
     paints = []
-    while not paints or (min(paints) >= 2000 and len(paints) < 5):  # other work on this machine only adds to it
+    while not paints or (min(paints) >= 2000 and len(paints) < 12):  # other work on this machine only adds to it
         page = opened(file, throttle=4)
         page.wait_for_function("performance.getEntriesByName('first-contentful-paint').length > 0", timeout=30_000)
         paints.append(page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime"))

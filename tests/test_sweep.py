@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 from conftest import Failed
+
+from edgeforge import sweep as sweeping
 
 SWEEP = """
 models: [digits]
@@ -57,12 +63,13 @@ def test_a_wrong_sweep_is_refused_as_a_whole(run, sweep, tmp_path):
     with pytest.raises(Failed, match="did you mean"):
         run("sweep", sweep, "--out", tmp_path / "out")
     sweep.write_text(SWEEP)
-    with pytest.raises(Failed, match="--address"):
-        run("sweep", sweep, "--out", tmp_path / "out", "--executor", "dask")
+    for executor in ("dask", "ray", "slurm"):
+        with pytest.raises(Failed, match="--address"):
+            run("sweep", sweep, "--out", tmp_path / "out", "--executor", executor)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_sweep_runs_on_a_cluster_of_two_workers(run, sweep, tmp_path):
+def test_a_sweep_runs_on_a_dask_cluster_of_two_workers(run, sweep, tmp_path):
     pytest.importorskip("distributed", reason="pip install 'edgeforge[cluster]'")
     command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--port", "0", "--no-dashboard", "--host"]
     file = tmp_path / "scheduler.json"
@@ -80,3 +87,45 @@ def test_a_sweep_runs_on_a_cluster_of_two_workers(run, sweep, tmp_path):
         for process in started:
             process.terminate()
             process.wait(20)
+
+
+@pytest.fixture
+def ray_cluster(monkeypatch):
+    """Two machines of one core each, as far as Ray can tell: each has its own scheduler, object store and workers."""
+    pytest.importorskip("ray", reason="pip install 'edgeforge[cluster]'")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("PYTHONPATH", str(Path(sweeping.__file__).parents[1]), prepend=os.pathsep)
+    from ray.cluster_utils import Cluster
+
+    with tempfile.TemporaryDirectory(prefix="ray") as place:  # a short path: it holds sockets
+        monkeypatch.setenv("RAY_TMPDIR", place)
+        cluster = Cluster(True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        cluster.add_node(num_cpus=1)
+        yield cluster
+        cluster.shutdown()
+
+
+def test_a_sweep_runs_on_a_ray_cluster_of_two_workers(run, sweep, tmp_path, ray_cluster):
+    words = ("sweep", sweep, "--out", tmp_path / "out", "--executor", "ray", "--address")
+    check(json.loads(run(*words, ray_cluster.address, "--json"))["trials"])
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere"])
+def test_a_ray_cluster_that_does_not_answer_is_named(run, sweep, tmp_path, address):
+    pytest.importorskip("ray", reason="pip install 'edgeforge[cluster]'")
+    with pytest.raises(Failed, match="no Ray cluster answers"):
+        run("sweep", sweep, "--out", tmp_path / "out", "--executor", "ray", "--address", address)
+
+
+def die(trial, out):
+    time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_trials_whose_worker_died_are_named_and_run_with_the_next_call(run, sweep, tmp_path, monkeypatch):
+    words = ("sweep", sweep, "--out", tmp_path / "out", "--json")
+    with monkeypatch.context() as dying:
+        dying.setattr(sweeping, "run_trial", die)
+        lost = json.loads(run(*words))["trials"]
+    assert [r["status"] for r in lost] == ["failed", "failed"] and "worker lost" in lost[0]["reason"]
+    check(json.loads(run(*words))["trials"])

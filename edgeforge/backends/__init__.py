@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
 from edgeforge.errors import InvalidInput, Reason
 from edgeforge.ir.graph import Graph
 from edgeforge.target import Target
+
+T = TypeVar("T")
 
 Codes = Mapping[str, np.ndarray]
 #: One run of an artifact: codes in, codes out, for the batch that the graph declares.
@@ -48,12 +50,14 @@ class Artifact:
 
 class Backend(Protocol):
     """``numerics``: the profile of its runtime (fixed.PROFILES), or "" for the target's own. ``source``: what
-    runs here, as every figure says it; ``timed``: whether its time is worth knowing (an emulator's is not)."""
+    runs here, as every figure says it; ``timed``: whether its time is worth knowing (an emulator's is not);
+    ``dynamic``: whether it takes linears that round their input as it comes."""
 
     name: str
     numerics: str
     source: str
     timed: bool
+    dynamic: bool
     summary: str
 
     def missing(self) -> str:
@@ -82,6 +86,60 @@ class Backend(Protocol):
         """The artifact, loaded once for many runs. threads: None is the runtime's own choice; emulators take no notice
         of it."""
         ...
+
+
+def refusals(chosen: Backend, graphs: Iterable[Graph], target: Target) -> list[Reason]:
+    """Everything in the graphs that the backend cannot take; what they have in common once."""
+    found = []
+    for graph in graphs:
+        if not chosen.dynamic:
+            why, remedy = f"{chosen.name} takes static encodings only", "export at w8a8 or w4a16-b32"
+            dynamic = (node for node in graph.nodes if "dynamic" in node.attrs)
+            found += [Reason(node.source or node.output, node.op, why, remedy) for node in dynamic]
+        found += chosen.refusals(graph, target) if not found else []
+    return list(dict.fromkeys(found))
+
+
+@runtime_checkable
+class Together(Protocol):
+    """A backend that makes more of several graphs (prefill and decode) than one artifact of each."""
+
+    def compile_together(self, graphs: Mapping[str, Graph], target: Target, folder: Path, shared: bool) -> Artifact:
+        """Write what stands for ``graphs``, by part, into ``folder``. `run` and `opened` are given ``folder/<part>``,
+        though. ``shared``: also what holds the weights once, even if it does not run here."""
+        ...
+
+
+def compile_parts(
+    chosen: Backend, graphs: Mapping[str, Graph], target: Target, folder: Path, shared: bool = False
+) -> Artifact:
+    """One artifact of each graph in ``folder/<part>`` ("" is ``folder`` itself), or what the backend makes of all."""
+    if len(graphs) > 1 and isinstance(chosen, Together):
+        return chosen.compile_together(graphs, target, folder, shared)
+    return apart(chosen, graphs, target, folder)
+
+
+def apart(chosen: Backend, graphs: Mapping[str, Graph], target: Target, folder: Path) -> Artifact:
+    """An artifact of each graph in ``folder/<part>``, described as one; what they have in common is said once."""
+    made = {}
+    for part, graph in graphs.items():
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        made[part] = chosen.compile(graph, target, folder / part)
+        if part and not any((folder / part).iterdir()):
+            (folder / part).rmdir()
+    found = list(made.values())
+    return Artifact(
+        files=tuple(f"{part}/{file}".lstrip("/") for part, artifact in made.items() for file in artifact.files),
+        options={key: value for artifact in found for key, value in artifact.options.items()},
+        edits=_once(artifact.edits for artifact in found),
+        islands=_once(artifact.islands for artifact in found),
+        notes=_once(artifact.notes for artifact in found),
+        deterministic=all(artifact.deterministic for artifact in found),
+    )
+
+
+def _once(lists: Iterable[tuple[T, ...]]) -> tuple[T, ...]:
+    return tuple(dict.fromkeys(item for found in lists for item in found))
 
 
 def names() -> list[str]:

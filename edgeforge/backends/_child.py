@@ -28,8 +28,8 @@ def in_child(name: str, module: str, request: Mapping[str, Any], environment: Ma
     """Run ``python -m module REQUEST.json``. Its output goes to a log file, removed on success.
 
     Raises BackendFailed with the telling lines and the log's path when the child fails, aborts or hangs."""
-    log = new_log(name)
-    with tempfile.TemporaryDirectory(prefix="edgeforge-") as folder, log.open("ab") as stream:
+    temporary = tempfile.TemporaryDirectory(prefix="edgeforge-")
+    with new_log(name) as log, temporary as folder, log.open("ab") as stream:
         file = Path(folder) / "request.json"
         file.write_text(json.dumps(dict(request)))
         command = [sys.executable, "-m", module, str(file)]
@@ -39,15 +39,11 @@ def in_child(name: str, module: str, request: Mapping[str, Any], environment: Ma
             )
         except subprocess.TimeoutExpired:
             raise BackendFailed(f"{name}: no result after {TIMEOUT_S} s; log: {log}") from None
-        except KeyboardInterrupt:
-            log.unlink()
-            raise
-    if done.returncode:
-        how = f"exit code {done.returncode}"
-        if done.returncode < 0:
-            how = f"stopped by {signal.Signals(-done.returncode).name}"
-        raise BackendFailed(f"{name}: the vendor's library failed ({how}); log: {log}\n{telling_lines(log)}")
-    log.unlink()
+        if done.returncode:
+            how = f"exit code {done.returncode}"
+            if done.returncode < 0:
+                how = f"stopped by {signal.Signals(-done.returncode).name}"
+            raise BackendFailed(f"{name}: the vendor's library failed ({how}); log: {log}\n{telling_lines(log)}")
 
 
 def run_in_child(
@@ -72,9 +68,9 @@ def served(
     """A child that answers one set of feeds after another (see `serve`) until the block ends.
 
     Raises BackendFailed when it fails or aborts, with the telling lines of its log and the log's path."""
-    log = new_log(name)
     ours, theirs = socket.socketpair()
-    with tempfile.TemporaryDirectory(prefix="edgeforge-") as folder, log.open("ab") as stream:
+    temporary = tempfile.TemporaryDirectory(prefix="edgeforge-")
+    with new_log(name) as log, temporary as folder, log.open("ab") as stream:
         file = Path(folder) / "request.json"
         file.write_text(json.dumps({**request, "socket": theirs.fileno()}))
         child = subprocess.Popen(
@@ -97,7 +93,6 @@ def served(
         finally:
             line.close()
             child.wait(TIMEOUT_S)
-    log.unlink()
 
 
 def serve(descriptor: int, step: Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]]) -> None:

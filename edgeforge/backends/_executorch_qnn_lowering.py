@@ -48,24 +48,30 @@ CONTEXT = bytes.fromhex("cdab7856")
 
 
 def compile_program(request: Mapping[str, Any]) -> None:
-    graph = parse_graph(Path(request["graph"]).read_text(), load_arrays(request["arrays"]))
-    module = UnsignedModule(graph).eval()
-    inputs = example_inputs(module)
-    # Exported here: the lowering's own export traces with Dynamo, which takes no numbers from attributes.
-    traced = torch.export.export(module, inputs, strict=False).module(check_guards=False)
-    spec = generate_qnn_executorch_compiler_spec(
-        soc_model=getattr(QcomChipset, request["soc"]), backend_options=generate_htp_compiler_spec(use_fp16=False)
-    )
+    """A program with a method for each graph, all in one context binary."""
+    modules, inputs, blocks = {}, {}, False
+    for method, files in request["graphs"].items():
+        graph = parse_graph(Path(files["graph"]).read_text(), load_arrays(files["arrays"]))
+        module = UnsignedModule(graph).eval()
+        inputs[method] = example_inputs(module)
+        # Exported here: the lowering's own export traces with Dynamo, which takes no numbers from attributes.
+        modules[method] = torch.export.export(module, inputs[method], strict=False).module(check_guards=False)
+        blocks |= any(value.type.q is not None and value.type.q.block is not None for value in graph.constants())
+    options = generate_htp_compiler_spec(use_fp16=False, use_weight_sharing=request["shared"])
+    soc = getattr(QcomChipset, request["soc"])
+    specs = {
+        method: generate_qnn_executorch_compiler_spec(soc_model=soc, backend_options=options) for method in modules
+    }
     PASSES.get_preprocess_passes = classmethod(_preprocess_passes)  # type: ignore[method-assign]
-    blocks = any(value.type.q is not None and value.type.q.block is not None for value in graph.constants())
-    edge = to_edge_transform_and_lower_to_qnn(traced, inputs, spec, **_passes(blocks))
-    lowered = edge.exported_program().graph_module
-    calls = [str(n.target) for n in lowered.graph.nodes if n.op == "call_function"]
+    edge = to_edge_transform_and_lower_to_qnn(modules, inputs, specs, **_passes(blocks))
+    lowered = {method: edge.exported_program(method).graph_module for method in modules}
+    calls = [str(n.target) for made in lowered.values() for n in made.graph.nodes if n.op == "call_function"]
     outside = [call for call in calls if "getitem" not in call and "executorch_call_delegate" not in call]
     if outside:
         # With integer inputs and outputs, the runtime aborts on these.
         raise RuntimeError(f"unsupported by QNN's partitioner: {', '.join(sorted(set(outside)))}")
-    program = edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=_IntegerPlanning(lowered)))
+    planning: dict[str, Any] = {method: _IntegerPlanning(made) for method, made in lowered.items()}
+    program = edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning))
     Path(request["pte"]).write_bytes(reproducible(program.buffer))
 
 

@@ -1,8 +1,10 @@
 """The child process of executorch_qnn: ExecuTorch's QNN lowering and runtime. ``argv[1]`` names a request:
 
-    {"action": "compile", "graph": .txt, "arrays": .npz, "soc": "SM8650", "pte": .pte}
-    {"action": "run", "pte": .pte, "feeds": .npz, "outputs": .npz, "inputs": [...], "results": [...], "sizes": {...}}
-    {"action": "serve", "pte": .pte, "inputs": [...], "results": [...], "socket": 5}
+    {"action": "compile", "graphs": {METHOD: {"graph": .txt, "arrays": .npz}, ...}, "shared": bool (weights of all
+     graphs once), "soc": "SM8650", "pte": .pte}
+    {"action": "run", "pte": .pte, "method": METHOD, "inputs": [...], "results": [...], "feeds": .npz, "outputs": .npz,
+     "sizes": {...}}
+    {"action": "serve", "pte": .pte, "method": METHOD, "inputs": [...], "results": [...], "socket": 5}
 
 QNN_SDK_ROOT and LD_LIBRARY_PATH must be set when the process starts. Exit code 0, or an exception on stderr."""
 
@@ -25,7 +27,7 @@ def opened(request: Mapping[str, Any]) -> Callable[[dict[str, np.ndarray]], dict
 
     # The program must outlive its method: the runtime keeps no reference.
     program = Runtime.get().load_program(Path(request["pte"]).read_bytes())
-    method = program.load_method("forward")
+    method = program.load_method(request["method"])
 
     def step(piece: dict[str, np.ndarray], program: Any = program) -> dict[str, np.ndarray]:
         outputs = method.execute([_tensor(piece[name]) for name in request["inputs"]])

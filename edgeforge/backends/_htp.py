@@ -6,7 +6,7 @@ whose activations differ in width, products with a uint8 second operand apart (s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +20,9 @@ from edgeforge.ir.rules.htp_norm import narrow_gain
 from edgeforge.ir.types import RANGE, QParams, TensorType, Value
 from edgeforge.passes.dead import remove_dead
 from edgeforge.target import Target
+
+#: QNN 2.49: "API or feature is not supported by implementation" (error 1000) when such a context is created here.
+NOT_RUN = "has not run: the x86-64 emulator loads no context binary that shares weights between graphs"
 
 
 class Editor:
@@ -280,10 +283,44 @@ def _is_refused(node: Node, graph: Graph) -> bool:
     return w.dtype == "i4" and w.shape[0] == 1 and len(node.inputs) == 3
 
 
+def _mixes_rows(node: Node, graph: Graph, producers: Mapping[str, Node]) -> bool:
+    """y: u8 [1, 2g, 8, d] = reshape(requantize(matmul(reshape(a), b) [1, g, 16, d])), g > 1: HTP takes the rows in
+    another order. With other counts of rows or heads, or without either reshape, they are right."""
+    chain = [node]
+    while chain[-1].inputs[0] in producers and len(chain) < 4:
+        chain.append(producers[chain[-1].inputs[0]])
+    if [link.op for link in chain] != ["reshape", "requantize", "matmul", "reshape"]:
+        return False
+    before, after = (graph.type(link.output).shape for link in (chain[2], node))
+    return len(before) == len(after) == 4 and before[1] > 1 and before[2] == 16 and after[1:3] == (2 * before[1], 8)
+
+
+def _never_ends(node: Node, graph: Graph) -> bool:
+    """A 16-bit product whose ratio lies a little above a power of two, from 1/8 on."""
+    if node.op != "mul" or graph.type(node.output).dtype != "u16":
+        return False
+    n = graph.view(node)
+    fraction, exponent = np.frexp(np.float32(n.q(0).scale * n.q(1).scale) / n.q(-1).scale)
+    return bool(exponent >= -2 and 0.5 < fraction < 0.5 + 2.0**-16)
+
+
 def refusals(graph: Graph, target: Target) -> list[Reason]:
-    """Forms of products and convolutions that HTP rejects or computes wrongly."""
-    reasons = []
+    """What is too large for one context; forms of products and convolutions that HTP rejects or computes wrongly."""
+    reasons, producers = [], graph.producers()
+    size = sum(value.type.nbytes for value in graph.constants())
+    if target.context_bytes is not None and size > target.context_bytes:
+        why = (
+            f"holds {size / 1e9:.2f} GB of constants, one context of the NPU holds {target.context_bytes / 1e9:.2f} GB"
+        )
+        reasons.append(Reason(graph.name, "graph", why, "narrower weights (w4a16-b32), or fewer layers per model"))
     for node in graph.nodes:
+        if node.op == "reshape" and _mixes_rows(node, graph, producers):
+            why = "HTP mixes up the rows of an 8-bit product for 2 heads of 8 rows each"
+            remedy = "another number of rows (language.chunk), or w4a16-b32"
+            reasons.append(Reason(node.source or node.output, node.op, why, remedy))
+        if _never_ends(node, graph):
+            why = "HTP's compiler does not end at this ratio of scales (s_a * s_b / s_y just above a power of two)"
+            reasons.append(Reason(node.source or node.output, node.op, why, "another range of the output"))
         if OPS[node.op].numerics != "dot":
             continue
         if node.op == "conv2d" and _is_wrong(node, graph):

@@ -9,15 +9,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from edgeforge.errors import BackendFailed
+
 #: Words that mark the lines of a native log worth showing.
 TELLING = ("error", "fail", "unsupported", "not supported", "invalid", "exception", "abort", "fallback")
 
 
-def new_log(name: str) -> Path:
-    """An empty log file in the system's temporary folder; the caller removes it when all went well."""
+@contextmanager
+def new_log(name: str) -> Iterator[Path]:
+    """An empty log file in the system's temporary folder, removed at the end of the block unless that ends with an
+    error that names it."""
     handle, path = tempfile.mkstemp(prefix=f"edgeforge-{name}-", suffix=".log")
     os.close(handle)
-    return Path(path)
+    named = False
+    try:
+        yield Path(path)
+    except BackendFailed as error:
+        named = path in str(error)
+        raise
+    finally:
+        if not named:
+            Path(path).unlink()
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import numpy as np
 
 from edgeforge.backends import HTP_EMULATOR, Artifact, Codes, Edit, Step, _htp
 from edgeforge.backends._child import in_child, run_in_child, save_arrays, served
-from edgeforge.backends.executorch_xnnpack import no_transposed, wrong_executorch
+from edgeforge.backends.executorch_xnnpack import MODEL, method_in, no_transposed, wrong_executorch
 from edgeforge.backends.ort_qnn import BACKEND as ORT_QNN
 from edgeforge.errors import Reason
 from edgeforge.ir.graph import Graph, Node
@@ -26,14 +26,14 @@ from edgeforge.ir.text import print_graph, tensors
 from edgeforge.sim.evaluate import check_feeds
 from edgeforge.target import Target
 
-MODEL = "model.pte"
+SHARED = "model_shared.pte"
 WORKER = "edgeforge.backends._executorch_qnn_worker"
 
 
 class ExecutorchQnn:
     name = "executorch_qnn"
     numerics = ""
-    source, timed = HTP_EMULATOR, False
+    source, timed, dynamic = HTP_EMULATOR, False, False
     summary = "ExecuTorch program with a context binary for the Hexagon NPU; runs on Qualcomm's HTP emulator"
 
     def missing(self) -> str:
@@ -55,14 +55,27 @@ class ExecutorchQnn:
         return prepared, edits + padded
 
     def compile(self, graph: Graph, target: Target, folder: Path) -> Artifact:
+        return self.compile_together({"": graph}, target, folder, False)
+
+    def compile_together(self, graphs: Mapping[str, Graph], target: Target, folder: Path, shared: bool) -> Artifact:
+        """One program with a method of each graph's part; ``shared``: another that holds their weights once."""
         assert target.soc is not None
-        prepared, edits = self.prepare(graph, target)
+        made = {part: self.prepare(graph, target) for part, graph in graphs.items()}
+        programs = {MODEL: False, SHARED: True} if shared else {MODEL: False}
         with tempfile.TemporaryDirectory(prefix="edgeforge-") as place, qnn_sdk() as environment:
-            files = {"graph": f"{place}/graph.txt", "arrays": f"{place}/arrays.npz", "pte": str(folder / MODEL)}
-            Path(files["graph"]).write_text(print_graph(prepared))
-            save_arrays(files["arrays"], tensors(prepared))
-            in_child(self.name, WORKER, {"action": "compile", "soc": target.soc.name, **files}, environment)
-        return Artifact((MODEL,), options={"soc_model": target.soc.name}, edits=edits)
+            files = {}
+            for part, (prepared, _) in made.items():
+                named = {"graph": f"{place}/{part}.txt", "arrays": f"{place}/{part}.npz"}
+                Path(named["graph"]).write_text(print_graph(prepared))
+                save_arrays(named["arrays"], tensors(prepared))
+                files[part or "forward"] = named
+            request = {"action": "compile", "soc": target.soc.name, "graphs": files}
+            for name, once in programs.items():
+                pte = {"pte": str(folder / name), "shared": once}
+                in_child(self.name, WORKER, {**request, **pte}, environment)
+        edits = tuple(dict.fromkeys(edit for _, edits in made.values() for edit in edits))
+        notes = (f"{SHARED} {_htp.NOT_RUN}",) if shared else ()
+        return Artifact(tuple(programs), options={"soc_model": target.soc.name}, edits=edits, notes=notes)
 
     def run(self, folder: Path, graph: Graph, target: Target, feeds: Codes) -> dict[str, np.ndarray]:
         check_feeds(graph, feeds)  # the runtime answers a wrong dtype with a segmentation fault
@@ -84,7 +97,8 @@ class ExecutorchQnn:
 
 
 def _program(folder: Path, graph: Graph) -> dict[str, Any]:
-    return {"pte": str(folder / MODEL), "inputs": list(graph.inputs), "results": list(graph.outputs)}
+    file, method = method_in(folder)
+    return {"pte": str(file), "method": method, "inputs": list(graph.inputs), "results": list(graph.outputs)}
 
 
 def _pads(e: _htp.Editor, node: Node) -> None:

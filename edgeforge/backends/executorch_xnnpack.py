@@ -6,7 +6,7 @@ these run in float between a dequantize and a quantize, and are listed."""
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ def wrong_executorch() -> str:
 class ExecutorchXnnpack:
     name = "executorch_xnnpack"
     numerics = "xnnpack"
-    source, timed = HOST, True
+    source, timed, dynamic = HOST, True, True
     summary = "ExecuTorch program with XNNPACK's int8 kernels; what has none is a float island"
 
     def missing(self) -> str:
@@ -63,6 +63,8 @@ class ExecutorchXnnpack:
         reasons = []
         for node in layers:
             where, q = node.source or node.output, graph.type(node.inputs[1]).q
+            if "dynamic" in node.attrs:
+                continue
             if q is not None and q.block is not None:
                 reasons.append(Reason(where, node.op, "block-wise weights do not lower to XNNPACK", "export at w4a8"))
             elif node.op == "conv_transpose2d":
@@ -74,12 +76,19 @@ class ExecutorchXnnpack:
         return reasons
 
     def compile(self, graph: Graph, target: Target, folder: Path) -> Artifact:
+        return self.compile_together({"": graph}, target, folder, False)
+
+    def compile_together(self, graphs: Mapping[str, Graph], target: Target, folder: Path, shared: bool) -> Artifact:
+        """One program with a method of each graph's part; constants of equal bytes are in it once."""
         with _quiet(self.name):
-            (folder / MODEL).write_bytes(_lower(graph))
-        # A graph can lower and then fail at load: run it once.
-        first = {name: np.zeros(graph.type(name).shape, NUMPY[graph.type(name).dtype]) for name in graph.inputs}
-        self.run(folder, graph, target, first)
-        return Artifact((MODEL,), edits=_edits(graph), islands=islands(graph))
+            (folder / MODEL).write_bytes(_lower({part or "forward": graph for part, graph in graphs.items()}))
+        for part, graph in graphs.items():
+            # A graph can lower and then fail at load: run it once.
+            first = {name: np.zeros(graph.type(name).shape, NUMPY[graph.type(name).dtype]) for name in graph.inputs}
+            self.run(folder / part, graph, target, first)
+        edits = tuple(dict.fromkeys(edit for graph in graphs.values() for edit in _edits(graph)))
+        floats = tuple(dict.fromkeys(name for graph in graphs.values() for name in islands(graph)))
+        return Artifact((MODEL,), edits=edits, islands=floats)
 
     def run(self, folder: Path, graph: Graph, target: Target, feeds: Codes) -> dict[str, np.ndarray]:
         sizes = {name: graph.type(name).shape[0] for name in graph.inputs}
@@ -95,8 +104,9 @@ class ExecutorchXnnpack:
             if threads is not None:
                 _unsafe_reset_threadpool(threads)
             # The program must outlive its method: the runtime keeps no reference.
-            program = Runtime.get().load_program((folder / MODEL).read_bytes())
-            method = program.load_method("forward")
+            file, name = method_in(folder)
+            program = Runtime.get().load_program(file.read_bytes())
+            method = program.load_method(name)
 
         def step(piece: Codes) -> dict[str, np.ndarray]:
             # Not under `_quiet`: that takes longer than a small model, and benchmarks time this.
@@ -110,32 +120,46 @@ class ExecutorchXnnpack:
         yield step
 
 
-def _lower(graph: Graph) -> bytes:
+def method_in(folder: Path) -> tuple[Path, str]:
+    """The program of an artifact's folder and its method there: the one of a program in it, or, of a program beside
+    it, the one with the folder's name."""
+    own = folder / MODEL
+    return (own, "forward") if own.is_file() else (folder.parent / MODEL, folder.name)
+
+
+def _lower(graphs: Mapping[str, Graph]) -> bytes:
+    """A program with a method for each graph."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
     from torch.export import export
 
     from edgeforge.dialects.pt2e import SignedModule, example_inputs
 
-    module = SignedModule(graph).eval()
-    program = export(module, example_inputs(module), strict=False)
+    modules = {method: SignedModule(graph).eval() for method, graph in graphs.items()}
+    programs = {method: export(module, example_inputs(module), strict=False) for method, module in modules.items()}
+    partitioners = {method: [XnnpackPartitioner()] for method in graphs}
     config = EdgeCompileConfig(_check_ir_validity=False)
-    edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], compile_config=config)
+    edge = to_edge_transform_and_lower(programs, partitioner=partitioners, compile_config=config)
     return edge.to_executorch().buffer
 
 
 def islands(graph: Graph) -> tuple[str, ...]:
-    """Nodes that compute in float: without an 8-bit kernel, or with a 16-bit value among their activations."""
+    """Nodes that compute in float: without an 8-bit kernel, with a 16-bit value among their activations, or, of a
+    graph with dynamic linears, all others."""
     return tuple(node.output for node in graph.nodes if _in_float(graph, node))
 
 
 def _in_float(graph: Graph, node: Node) -> bool:
+    if graph.level == "float":
+        return "dynamic" not in node.attrs
     wide = any(graph.type(name).dtype == "u16" for name in (*node.inputs, node.output))
     pooled = node.op == "reduce_mean" and not (node.attrs["keepdims"] and tuple(node.attrs["axes"]) == (2, 3))
     return wide or pooled or (OPS[node.op].numerics != "move" and node.op not in INTEGER)
 
 
 def _edits(graph: Graph) -> tuple[Edit, ...]:
+    if graph.level == "float":
+        return ()
     edits = [
         Edit("activations", "codes - 128, int8", "XNNPACK computes on signed codes; the real values are the same"),
         Edit("biases", "float32 constants", "XNNPACK takes its biases as floats"),
@@ -174,13 +198,12 @@ def leaving(kind: TensorType, result: np.ndarray) -> np.ndarray:
 def _quiet(name: str) -> Iterator[None]:
     """Python's and native code's chatter goes to a log, which stays when the runtime or the lowering fails. ExecuTorch
     prints through ``sys.stderr``, which need not be file descriptor 2 (notebooks, test runners)."""
-    log = new_log(name)
-    try:
-        with log.open("a") as stream, redirected(log), redirect_stdout(stream), redirect_stderr(stream):
-            yield
-    except (RuntimeError, AssertionError) as error:
-        raise BackendFailed(f"{name}: {error}; log: {log}\n{telling_lines(log)}") from error
-    log.unlink()
+    with new_log(name) as log:
+        try:
+            with log.open("a") as stream, redirected(log), redirect_stdout(stream), redirect_stderr(stream):
+                yield
+        except (RuntimeError, AssertionError) as error:
+            raise BackendFailed(f"{name}: {error}; log: {log}\n{telling_lines(log)}") from error
 
 
 BACKEND = ExecutorchXnnpack()

@@ -27,7 +27,7 @@ OPTIONS = {"session.qdq_matmulnbits_accuracy_level": "1", "session.x64quantpreci
 class OnnxQdq:
     name = "onnx_qdq"
     numerics = "ort-cpu"
-    source, timed = HOST, True
+    source, timed, dynamic = HOST, True, False
     summary = "QDQ model, opset 23, run by ONNX Runtime on the CPU"
 
     def missing(self) -> str:
@@ -44,9 +44,9 @@ class OnnxQdq:
         return []
 
     def compile(self, graph: Graph, target: Target, folder: Path) -> Artifact:
-        from edgeforge.dialects.onnx import to_onnx, write_onnx
+        from edgeforge.dialects.onnx import write_onnx
 
-        return Artifact(files=write_onnx(to_onnx(graph), folder / MODEL), options=OPTIONS)
+        return Artifact(files=write_onnx(graph, folder / MODEL), options=OPTIONS)
 
     def run(self, folder: Path, graph: Graph, target: Target, feeds: Codes) -> dict[str, np.ndarray]:
         sizes = {name: graph.type(name).shape[0] for name in graph.inputs}

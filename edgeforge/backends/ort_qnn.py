@@ -10,19 +10,20 @@ import json
 import platform
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from edgeforge.backends import HTP_EMULATOR, Artifact, Codes, Edit, Step, _htp
+from edgeforge.backends import HTP_EMULATOR, Artifact, Codes, Edit, Step, _htp, apart
 from edgeforge.backends._child import in_child, run_in_child, served
 from edgeforge.errors import BackendFailed, Reason
 from edgeforge.ir.graph import Graph
 from edgeforge.target import Target
 
-MODEL, CONTEXT = "model.onnx", "model_ctx.onnx"
+MODEL, CONTEXT, SHARED = "model.onnx", "model_ctx.onnx", "shared"
 WORKER = "edgeforge.backends._qnn_worker"
 
 #: The one release whose libraries serve ONNX Runtime and ExecuTorch alike (QNN 2.49).
@@ -35,7 +36,7 @@ OPTIONS = {"htp_graph_finalization_optimization_mode": "3"}
 class OrtQnn:
     name = "ort_qnn"
     numerics = ""
-    source, timed = HTP_EMULATOR, False
+    source, timed, dynamic = HTP_EMULATOR, False, False
     summary = "context binary for the Hexagon NPU; runs on Qualcomm's HTP emulator (x86-64 Linux)"
 
     def missing(self) -> str:
@@ -78,6 +79,20 @@ class OrtQnn:
         options = {**OPTIONS, "soc_model": str(target.soc.model), "session.disable_cpu_ep_fallback": "1"}
         return Artifact(files=(*files, *made), options=options, edits=edits, islands=islands)
 
+    def compile_together(self, graphs: Mapping[str, Graph], target: Target, folder: Path, shared: bool) -> Artifact:
+        """``shared``: also ``shared/<part>_ctx.onnx`` on one context binary."""
+        made = apart(self, graphs, target, folder)
+        if not shared:
+            return made
+        assert target.soc is not None
+        place = folder / SHARED
+        place.mkdir()
+        models = {str(place / f"{part}_ctx.onnx"): str(folder / part / MODEL) for part in graphs}
+        request = {"action": "share", "models": models, "soc": target.soc.model, "options": OPTIONS}
+        in_child(self.name, WORKER, request)
+        files = sorted(f"{SHARED}/{file.name}" for file in place.iterdir())
+        return replace(made, files=(*made.files, *files), notes=(*made.notes, f"{SHARED}/ {_htp.NOT_RUN}"))
+
     def run(self, folder: Path, graph: Graph, target: Target, feeds: Codes) -> dict[str, np.ndarray]:
         return self._run(folder / CONTEXT, graph, target, feeds)
 
@@ -103,9 +118,9 @@ class OrtQnn:
 
 def write_model(prepared: Graph, folder: Path) -> tuple[str, ...]:
     """The QDQ model of a prepared graph, as the QNN provider reads it; the names of its files in ``folder``."""
-    from edgeforge.dialects.onnx import to_onnx, write_onnx
+    from edgeforge.dialects.onnx import write_onnx
 
-    return write_onnx(to_onnx(prepared, two_level=True), folder / MODEL)
+    return write_onnx(prepared, folder / MODEL, two_level=True)
 
 
 def float_islands(graph: Graph, dump: Path) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from edgeforge.target import Target
 class Simulator:
     name = "simulator"
     numerics = ""
-    source, timed = "simulated", True
+    source, timed, dynamic = "simulated", True, True
     summary = "EdgeForge's bit-exact evaluator"
 
     def missing(self) -> str:

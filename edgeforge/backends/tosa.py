@@ -42,7 +42,7 @@ def tools() -> Path | None:
 class Tosa:
     name = "tosa"
     numerics = "tosa"
-    source, timed = "emulated (Arm's reference model)", False
+    source, timed, dynamic = "emulated (Arm's reference model)", False, False
     summary = "TOSA 1.0 flatbuffer, run by Arm's reference model"
 
     def missing(self) -> str:
@@ -87,18 +87,17 @@ class Tosa:
 
     def call(self, tool: str, arguments: Sequence[str]) -> None:
         """Run a tool of the package. Raises BackendFailed with the telling lines of its log."""
-        log, command = new_log(self.name), [str(_tool(tool)), *arguments]
-        with log.open("ab") as stream:
+        command = [str(_tool(tool)), *arguments]
+        with new_log(self.name) as log, log.open("ab") as stream:
             try:
                 code = subprocess.run(
                     command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, timeout=TIMEOUT_S
                 ).returncode
             except subprocess.TimeoutExpired:
                 raise BackendFailed(f"{self.name}: no result of {tool} after {TIMEOUT_S} s; log: {log}") from None
-        if code:
-            lines = telling_lines(log)
-            raise BackendFailed(f"{self.name}: {tool} failed (exit code {code}); log: {log}\n{lines}")
-        log.unlink()
+            if code:
+                lines = telling_lines(log)
+                raise BackendFailed(f"{self.name}: {tool} failed (exit code {code}); log: {log}\n{lines}")
 
 
 def _tool(name: str) -> Path:

@@ -7,6 +7,7 @@ import os
 import resource
 import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -35,7 +36,7 @@ class Child:
     def __init__(self, name: str, target: Target):
         self.name, self.target = name, target
         self.process: Any = None
-        self.log = new_log(f"conformance-{name}")
+        self._left = ExitStack()
 
     def run(self, graph: Graph, feeds: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
         """Output codes, and the nodes that ran in float. Raises BackendFailed when the runtime refuses or dies."""
@@ -73,11 +74,12 @@ class Child:
             self.process = None
 
     def __enter__(self) -> Child:
+        self.log = self._left.enter_context(new_log(f"conformance-{self.name}"))
+        self._left.callback(self.stop)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.stop()
-        self.log.unlink()
+        self._left.__exit__(kind, error, at)
 
 
 def _serve(pipe: Connection, name: str, target: Target, log: Path) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from edgeforge.bundle import Bundle, file_hash
+from edgeforge.bundle import BackendRecord, Bundle, file_hash
 from edgeforge.devices.golden import compare, expected
 from edgeforge.devices.host import new_run_id, now
 from edgeforge.devices.result import Conditions, Device, DeviceResult, Golden, Runtime
@@ -50,52 +50,52 @@ def bench(
     say: Callable[[str], None] = lambda line: None,
     artifact: str | None = None,
     libraries: Path | None = None,
+    any_chip: bool = False,
 ) -> DeviceResult:
     """Run an artifact on a phone: the one named, or the one that the runner takes. ``libraries``: a folder of shared
-    libraries that the runner finds beside it. ``threads``: not of the NPU.
+    libraries that the runner finds beside it. ``threads``: not of the NPU. ``any_chip``: also where the phone has
+    another chip than the bundle is for, or does not name it; the record's conditions say so.
 
     Raises InvalidInput for a bundle, a runner or a phone that do not fit, BackendFailed for what fails on the way."""
-    if bundle.prefill is not None:
-        raise InvalidInput(f"{bundle.path} holds two graphs with state between them -> bench --on host")
     if not runner.is_file():
         raise InvalidInput(f"--runner {runner} is no file -> a runner built for the phone")
     kind, shared = runner_for(runner, artifact), _shared(libraries)
-    record = bundle.manifest.backends.get(kind.artifact)
-    if record is None or record.status != "built":
-        raise InvalidInput(f"{bundle.path} has no {kind.artifact} program -> export with --backend {kind.artifact}")
+    record = built(bundle, kind.artifact)
     if kind.on_npu and not shared:
         raise InvalidInput(
             f"{kind.artifact} needs Qualcomm's libraries -> --libraries FOLDER with libQnnHtp.so and more"
         )
-    with _reported():
-        device = _device(serial)
-        phone = read_phone(device)
+    with reported():
+        device, phone, unlike = connected(bundle.target, serial, any_chip, say)
         for file, machines in ((runner, phone.abis), *((file, (*phone.abis, "hexagon")) for file in shared)):
             if why := wrong_machine(file, machines):
                 raise InvalidInput(why)
-        notes = misfits(phone, bundle.target, compiled="soc_model" in record.options)
-        say(f"{phone.name}, Android {phone.os}, {phone.soc or 'unknown chip'}, {phone.serial}")
         # What a run left whose phone went away before its end; a younger folder may be another run's that goes on.
         device.shell2(f"find {PLACE} -maxdepth 1 -name 'run-*' -mtime +0 -exec rm -rf {{}} +", timeout=ANSWER_S)
         run_id = new_run_id()
         folder = f"{PLACE}/run-{run_id}"
         try:
-            program = _push(device, runner, say)
+            program = push(device, runner, PLACE, say)
             shell(device, f"mkdir -p {folder} && chmod 755 {program}")
             for file in (*(bundle.path / name for name in record.files), *shared):
                 # A copy: ONNX Runtime refuses weights that a link leads out of the model's folder.
-                shell(device, f"cp {_push(device, file, say)} {folder}/{shlex.quote(file.name)}")
+                shell(device, f"cp {push(device, file, PLACE, say)} {folder}/{shlex.quote(file.name)}")
             found = f"LD_LIBRARY_PATH={folder} ADSP_LIBRARY_PATH={folder} " if shared else ""
             before = _thermal(device)
             say(f"{warmup} + {repeats} inferences of {kind.artifact}")
             measured = kind.run(Run(device, folder, found + program, bundle, threads, warmup, repeats))
             after = _thermal(device)
             used = None if kind.on_npu else threads
-            conditions = Conditions(threads=used, thermal_before=before, thermal_after=after, **_battery(device))
+            conditions = Conditions(
+                threads=used, thermal_before=before, thermal_after=after, other_chip=unlike, **_battery(device)
+            )
         finally:
             device.shell2(f"rm -rf {folder}", timeout=ANSWER_S)
     exported = {f"exported with {tool}": bundle.manifest.tools.get(tool, "") for tool in kind.tools}
-    checked = measured.outputs and compare(expected(bundle, kind.artifact), measured.outputs, bool(record.islands))
+    if measured.outputs is None:
+        golden = Golden(status="not checked", where=measured.unchecked)
+    else:
+        golden = compare(expected(bundle, kind.artifact), measured.outputs, bool(record.islands))
     return DeviceResult(
         source=phone.source,
         run_id=run_id,
@@ -108,9 +108,28 @@ def bench(
         latency_us=measured.latency_us,
         load_ms=measured.load_ms,
         peak_memory_mb=measured.peak_memory_mb,
-        golden=checked or Golden(status="not run"),
-        notes=(*notes, *measured.notes),
+        golden=golden,
+        notes=_abi_note(phone, bundle.target),
     )
+
+
+def built(bundle: Bundle, artifact: str) -> BackendRecord:
+    """The record of an artifact that a phone can run. Raises InvalidInput."""
+    if bundle.prefill is not None:
+        raise InvalidInput(f"{bundle.path} holds two graphs with state between them -> bench --on host")
+    record = bundle.manifest.backends.get(artifact)
+    if record is None or record.status != "built":
+        raise InvalidInput(f"{bundle.path} has no {artifact} program -> export with --backend {artifact}")
+    return record
+
+
+def connected(target: Target, serial: str | None, any_chip: bool, say: Callable[[str], None]) -> tuple[Any, Phone, str]:
+    """The phone that is meant: adb's, what it says of itself, and how its chip is not the target's."""
+    device = _device(serial)
+    phone = read_phone(device)
+    unlike = other_chip(phone, target, any_chip)
+    say(f"{phone.name}, Android {phone.os}, {phone.soc or 'unknown chip'}, {phone.serial}")
+    return device, phone, unlike
 
 
 def _shared(libraries: Path | None) -> list[Path]:
@@ -122,23 +141,25 @@ def _shared(libraries: Path | None) -> list[Path]:
     return sorted(file for file in libraries.iterdir() if file.is_file())
 
 
-def misfits(phone: Phone, target: Target, compiled: bool) -> tuple[str, ...]:
-    """How the phone is not what ``target`` describes. Raises InvalidInput when it has another chip than the one that
-    the artifact is ``compiled`` for."""
-    found = []
-    if target.abi != phone.abis[0]:
-        found.append(f"the target's ABI is {target.abi}, the phone's {phone.abis[0]}")
+def _abi_note(phone: Phone, target: Target) -> tuple[str, ...]:
+    same = target.abi == phone.abis[0]
+    return () if same else (f"the target's ABI is {target.abi}, the phone's {phone.abis[0]}",)
+
+
+def other_chip(phone: Phone, target: Target, allowed: bool) -> str:
+    """How the phone's chip is not the target's, or "". Raises InvalidInput for that unless it is ``allowed``: figures
+    of one chip must not pass for those of another."""
     if target.soc is None:
-        return tuple(found)
+        return ""
     known = {plain(name) for name in (target.name, target.soc.name, *target.aliases)}
-    if not phone.soc:
-        found.append(f"the bundle is for {target.soc.name}, the phone does not say what it has")
-    elif plain(phone.soc) not in known:
-        why = f"the bundle is for {target.soc.name}, the phone has {phone.soc}"
-        if compiled:
-            raise InvalidInput(f"{why} -> export with --target {phone.soc}, or bench another artifact")
-        found.append(why)
-    return tuple(found)
+    if plain(phone.soc) in known:
+        return ""
+    found = f"has {phone.soc}" if phone.soc else "does not say what it has"
+    why = f"the bundle is for {target.soc.name}, the phone {found}"
+    if not allowed:
+        remedy = f"export with --target {phone.soc or 'CHIP'}, or run it all the same with --any-chip"
+        raise InvalidInput(f"{why} -> {remedy}")
+    return why
 
 
 def wrong_machine(file: Path, machines: Sequence[str]) -> str:
@@ -203,14 +224,14 @@ def _device(serial: str | None) -> Any:
     return adbutils.AdbClient().device(serial)
 
 
-def _push(device: Any, file: Path, say: Callable[[str], None]) -> str:
-    """The path of ``file`` on the phone, pushed unless it is there: whole, under the name of its content."""
+def push(device: Any, file: Path, place: str, say: Callable[[str], None]) -> str:
+    """The path of ``file`` in a folder of the phone, pushed unless it is there: whole, under its content's hash."""
     sha256 = file_hash(file)
-    path = f"{PLACE}/{sha256[:32]}"
+    path = f"{place}/{sha256[:32]}"
     if device.shell2(f"sha256sum {path}", timeout=ANSWER_S).output.startswith(sha256):
         return path
     say(f"pushing {file.name}: {file.stat().st_size / 1e6:.2f} MB")
-    shell(device, f"mkdir -p {PLACE}")
+    shell(device, f"mkdir -p {place}")
     device.sync.push(file, f"{path}.part")
     if not shell(device, f"sha256sum {path}.part").startswith(sha256):
         raise BackendFailed(f"{file.name} arrived damaged on {device.serial} -> run again, perhaps with another cable")
@@ -234,7 +255,7 @@ def _battery(device: Any) -> Mapping[str, Any]:
 
 
 @contextmanager
-def _reported() -> Iterator[None]:
+def reported() -> Iterator[None]:
     """Failures of adb as ours."""
     try:
         import adbutils

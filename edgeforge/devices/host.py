@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -100,12 +101,21 @@ def _one(bundle: Bundle, name: str, about: dict[str, Any], threads: int, repeats
             }  # fmt: skip
             in_child(name, WORKER, request)
             got, measured = load_arrays(str(outputs)), json.loads(figures.read_text())
-        made |= measured
+        made |= measured | _speed(bundle.part, measured["latency_us"])
     else:
         got = chosen.run(bundle.artifact(name), bundle.graph, bundle.target, bundle.golden_part("input"))
         made["notes"] = (NO_TIME,)
     islands = bool(bundle.manifest.backends[name].islands)
     return DeviceResult(**about, **made, golden=compare(expected(bundle, name), got, islands))
+
+
+def _speed(part: str, latency_us: Sequence[float]) -> dict[str, float]:
+    """What a reader of the text waits for, by medians: tokens per second of decode steps, or the time until a prompt
+    of one chunk is read, whose last logits give the first token."""
+    median_us = statistics.median(latency_us)
+    if part == "decode":
+        return {"tokens_per_second": 1e6 / median_us}
+    return {"first_token_ms": median_us / 1e3} if part == "prefill" else {}
 
 
 def _versions(name: str) -> dict[str, str]:

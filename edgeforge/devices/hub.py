@@ -4,17 +4,16 @@
 
 Everything made there has a name that follows from what it is, and is looked up before it is made: an answer that got
 lost, or a process that was killed, makes nothing twice. So the client must not repeat a request that creates something
-by itself (`_created_once`); all other requests it repeats with its own backoff."""
+by itself (`created_once`)."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import io
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,15 +22,16 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from edgeforge.bundle import Bundle
+from edgeforge.devices._hub_client import VERSION, Passing, Refused, asked, created_once, open_client, plain, tidied
 from edgeforge.devices.golden import compare
 from edgeforge.devices.host import new_run_id, now
 from edgeforge.devices.journal import Journal
 from edgeforge.devices.result import Device, DeviceResult, Golden, NodeTime, Runtime
+from edgeforge.devices.runners import narrow, samples
 from edgeforge.devices.store import RESULTS, Store, bundle_hash, read_results
-from edgeforge.errors import BackendFailed, InvalidInput, MissingDependency
+from edgeforge.errors import BackendFailed, InvalidInput
 from edgeforge.target import Target, load_target
 
-VERSION = "0.56.0"
 #: Artifacts that the hub takes, the file that is uploaded, and the jobs that it goes through.
 ROUTES = {
     "ort_qnn": ("model_ctx_qnn.bin", ("infer",)),
@@ -48,14 +48,6 @@ class Patience:
     retries_s: tuple[float, ...] = (1, 2, 4, 8, 16, 32, 60, 60)
     polls_s: tuple[float, ...] = (0.5, 1, 2, 5, 10)
     timeout_s: float = 3600
-
-
-class _Passing(Exception):
-    """A failure that may be over at the next try."""
-
-
-class _Refused(Exception):
-    """A failure of one task that no later try will mend; all others go on."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +105,7 @@ def bench(
     uploads = plan(bundle, artifacts, compile_only)
     run = _Run(bundle, store, uploads, devices or (bundle.target.name,), compile_only, patience, say)
     # The client prints; stdout is for the results.
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), tidied():
         return run.finish()
 
 
@@ -135,7 +127,7 @@ class _Run:
     seen: dict[str, Any] = field(default_factory=dict)
 
     def finish(self) -> list[DeviceResult]:
-        self.client = _client()
+        self.client = open_client()
         self.journal = self._journal()
         uploads = {upload.artifact: upload for upload in self.uploads}
         deadline, looks = time.monotonic() + self.patience.timeout_s, 0
@@ -144,7 +136,7 @@ class _Run:
                 task = self.journal.tasks[key]
                 try:
                     done = self._advance(key, task, uploads[task["artifact"]])
-                except _Refused as error:
+                except Refused as error:
                     self.journal.close(key, "failed", str(error))
                     self.say(f"{key}: {error}")
                 else:
@@ -182,7 +174,7 @@ class _Run:
             return journal
         try:
             found = [self._device(name) for name in self.wanted]
-        except _Refused as error:
+        except Refused as error:
             raise BackendFailed(str(error)) from None
         new = Journal(folder / ".hub-journal", new_run_id(), now(), wanted)
         for device in found:
@@ -228,8 +220,8 @@ class _Run:
             job = self._job(key, step, device, model)
             status = self._try(job.get_status)
             if status.failure:
-                why = _plain(status.message or "no reason given")
-                raise _Refused(f"{step} job {job.job_id} failed: {why} -> its logs: {job.url}")
+                why = plain(status.message or "no reason given")
+                raise Refused(f"{step} job {job.job_id} failed: {why} -> its logs: {job.url}")
             if not status.success:
                 return False
             if step == "infer":
@@ -331,7 +323,7 @@ class _Run:
             def find_or_make() -> str:
                 found = find()
                 if found is None:
-                    with _created_once():
+                    with created_once():
                         found = make()
                 return found
 
@@ -342,8 +334,8 @@ class _Run:
         """Ask, and again after a pause while the failure may pass. Raises BackendFailed."""
         for pause in (*self.patience.retries_s, None):
             try:
-                return _asked(ask, self.client.config.api_token)
-            except _Passing as error:
+                return asked(ask, self.client.config.api_token)
+            except Passing as error:
                 if pause is None:
                     raise BackendFailed(f"{error} -> run this again later: it goes on where it was") from None
                 self.say(f"{error}; again in {pause:g} s")
@@ -363,7 +355,7 @@ class _Run:
             created=self.journal.created,
             bundle_sha256=bundle_hash(self.bundle.path),
             artifact=upload.artifact,
-            device=Device(name=_plain(task["device"]["name"]), os=_plain(task["device"]["os"]), soc=_plain(soc)),
+            device=Device(name=plain(task["device"]["name"]), os=plain(task["device"]["os"]), soc=plain(soc)),
             runtime=Runtime(name="Qualcomm AI Hub, QNN context binary", versions={"qai-hub": VERSION}),
             latency_us=tuple(times) if isinstance(times, list | tuple) else (times,),
             load_ms=_scaled(summary.get("first_load_time"), 1e3),
@@ -386,84 +378,6 @@ class _Run:
         return compare(wanted, got)
 
 
-def _client() -> Any:
-    try:
-        found = importlib.metadata.version("qai-hub")
-    except importlib.metadata.PackageNotFoundError:
-        raise MissingDependency("qai-hub is not installed -> pip install 'edgeforge[hub]'") from None
-    if found != VERSION:
-        raise MissingDependency(f"qai-hub {found} is installed, {VERSION} is needed -> pip install qai-hub=={VERSION}")
-    import qai_hub
-    from qai_hub.public_rest_api import APIException
-
-    client = qai_hub.Client()
-    try:
-        client.config.verbose = False
-    except (qai_hub.client.Error, APIException) as error:
-        why = _plain(str(error)).partition("Please")[0].strip()
-        raise InvalidInput(f"{why} -> qai-hub configure --api_token TOKEN (from your account's page)") from None
-    return client
-
-
-def _asked(ask: Callable[[], Any], token: str) -> Any:
-    """``ask()`` with the client's failures as ours; the token never gets into a text."""
-    import qai_hub.client
-    import requests
-    from google.protobuf.message import DecodeError
-    from qai_hub.public_rest_api import APIException
-
-    def text(error: Exception) -> str:
-        return _plain(str(error).replace(token, "***"))
-
-    try:
-        return ask()
-    except qai_hub.client.RateLimitedError as error:
-        raise _Passing(f"the hub asks to slow down: {text(error)}") from None
-    except qai_hub.client.UserError as error:
-        raise _refusal(text(error)) from None
-    except (qai_hub.client.InternalError, requests.RequestException, DecodeError) as error:
-        raise _Passing(f"the hub did not answer as it should: {text(error)}") from None
-    except APIException as error:
-        if error.status_code == 429:
-            raise _Passing(f"the hub asks to slow down: {text(error)}") from None
-        if error.status_code is not None and 400 <= error.status_code < 500:
-            raise _refusal(text(error), error.status_code) from None
-        raise _Passing(f"the hub did not answer as it should: {text(error)}") from None
-    except (AssertionError, OSError) as error:
-        # An upload whose answer lacks its ETag; a download that broke off inside the file.
-        raise _Passing(f"a transfer failed: {text(error)}") from None
-    except ValueError as error:
-        raise _Refused(f"the hub refused: {text(error)}") from None
-
-
-REMEDIES = {
-    "authenticat": "qai-hub configure --api_token TOKEN (from your account's page)",
-    "quota": "wait for running jobs, or ask the hub's support for more",
-    "not available": "choose another --device (edgeforge bench --on hub --device NAME)",
-    "could not be found": "run this again: what is gone is made anew",
-}
-
-
-def _refusal(text: str, status: int | None = None) -> Exception:
-    """With a remedy. Without a valid token nothing can go on, and nothing is given up: jobs wait for the next run."""
-    known = (remedy for words, remedy in REMEDIES.items() if words in text.lower())
-    if status == 401 or "authenticat" in text.lower():
-        return BackendFailed(f"{text} -> {REMEDIES['authenticat']}, then run this again: it goes on where it was")
-    return _Refused(f"{text} -> {next(known, 'see the job on the hub')}")
-
-
-@contextlib.contextmanager
-def _created_once() -> Iterator[None]:
-    """Without the client's own repetitions: a POST whose answer is lost would create a second job."""
-    from qai_hub.util import session
-
-    kept, session.MAX_RETRIES = session.MAX_RETRIES, 0
-    try:
-        yield
-    finally:
-        session.MAX_RETRIES = kept
-
-
 def _version(device: Any) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", device.os)]
 
@@ -483,14 +397,8 @@ def _no_device(name: str, known: Sequence[str] = ()) -> Any:
 
 
 def _samples(bundle: Bundle, inputs: dict[str, np.ndarray]) -> dict[str, list[np.ndarray]]:
-    sizes = {name: bundle.graph.type(name).shape[0] for name in inputs}
-    counts = {name: len(array) // sizes[name] for name, array in inputs.items()}
-    total, found = max(counts.values()), {}
-    for name, array in inputs.items():
-        array = array.astype(np.int32) if array.dtype == np.int64 else array
-        at = [min(i, counts[name] - 1) * sizes[name] for i in range(total)]
-        found[name] = [np.ascontiguousarray(array[i : i + sizes[name]]) for i in at]
-    return found
+    rows = samples(bundle.graph, inputs, list(inputs))
+    return {name: [np.ascontiguousarray(narrow(row[i])) for row in rows] for i, name in enumerate(inputs)}
 
 
 def _scaled(value: Any, by: float) -> float | None:
@@ -500,11 +408,6 @@ def _scaled(value: Any, by: float) -> float | None:
 
 def _node(detail: dict[str, Any]) -> NodeTime:
     return NodeTime(
-        name=_plain(detail["name"]), op=_plain(detail["type"]), us=detail.get("execution_time", 0),
-        unit=_plain(detail["compute_unit"]), cycles=detail.get("execution_cycles"),
+        name=plain(detail["name"]), op=plain(detail["type"]), us=detail.get("execution_time", 0),
+        unit=plain(detail["compute_unit"]), cycles=detail.get("execution_cycles"),
     )  # fmt: skip
-
-
-def _plain(text: str) -> str:
-    """A text of the hub as one line without markup, frames and control characters."""
-    return " ".join(re.sub(r"[<>\x00-\x1f\x7f-\x9f|\u2500-\u257f]", " ", text).split())[:400]

@@ -60,7 +60,8 @@ class Runtime(Closed):
 
 
 class Conditions(Closed):
-    """None: not known. thermal: Android's thermal status (0 none .. 6 shutdown) before and after the run."""
+    """None: not known. thermal: Android's thermal status (0 none .. 6 shutdown) before and after the run. other_chip:
+    how the device's chip is not the bundle's target, where it was run all the same."""
 
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     power_mode: Text = ""
@@ -68,6 +69,7 @@ class Conditions(Closed):
     charging: bool | None = None
     thermal_before: Annotated[int, Field(ge=0, le=6)] | None = None
     thermal_after: Annotated[int, Field(ge=0, le=6)] | None = None
+    other_chip: Text = ""
 
 
 class NodeTime(Closed):
@@ -82,9 +84,10 @@ class NodeTime(Closed):
 
 class Golden(Closed):
     """The golden vectors on the device against the simulator's integers. ``identical``: share, 0..1; ``where``: output
-    and position of the first integer that departs."""
+    and position of the first integer that departs, or why none was compared. "not checked": the artifact ran, its
+    outputs were not kept."""
 
-    status: Literal["identical", "differs", "float islands", "not run"]
+    status: Literal["identical", "differs", "float islands", "not checked", "not run"]
     identical: Annotated[float, Field(ge=0, le=1)] | None = None
     max_lsb: Annotated[int, Field(ge=0)] | None = None
     where: Text = ""
@@ -93,8 +96,8 @@ class Golden(Closed):
 class DeviceResult(Closed):
     """One artifact of one bundle on one device. ``bundle_sha256``: of the bundle's manifest.json, which holds the
     hashes of all its files. part: which graph of a language model. latency_us: every timed inference, in order.
-    memory_mb: (milliseconds since the start of the run, resident MB). ``flags``: written by `edgeforge ingest`,
-    whatever a file says."""
+    memory_mb: (milliseconds since the start of the run, resident MB). first_token_ms: of a prompt of one chunk.
+    ``flags``: written by `edgeforge ingest`, whatever a file says."""
 
     schema_: Literal["edgeforge.device_result/1"] = Field(default=SCHEMA, alias="schema")
     source: Literal["device-hosted", "device-usb", "device-app", "host", "emulated", "loopback"]
@@ -164,8 +167,10 @@ def flags(result: DeviceResult) -> tuple[str, ...]:
     c, found = result.conditions, []
     if result.golden.status == "differs":
         found.append("golden vectors differ")
-    if result.golden.status == "not run":
-        found.append("golden vectors not run")
+    if result.golden.status in ("not run", "not checked"):
+        found.append(f"golden vectors {result.golden.status}")
+    if c.other_chip:
+        found.append(c.other_chip)
     hot = [status for status in (c.thermal_before, c.thermal_after) if status]
     tenth = len(result.latency_us) // 10
     if hot:

@@ -13,21 +13,24 @@ import numpy as np
 from edgeforge.backends.executorch_xnnpack import entering, leaving
 from edgeforge.bundle import Bundle
 from edgeforge.errors import BackendFailed, InvalidInput
+from edgeforge.ir.graph import Graph
 from edgeforge.ir.types import NUMPY, TensorType
 
 #: Longest silence of the phone, in seconds: while a runner works, and otherwise.
 RUN_S, ANSWER_S = 600, 30
+PERF_TEST = "onnxruntime_perf_test"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """latency_us: every timed inference; outputs: codes of every golden sample, None where the runner keeps none."""
+    """latency_us: every timed inference; outputs: codes of every golden sample, None where the runner keeps none (then
+    ``unchecked`` says why)."""
 
     latency_us: tuple[float, ...]
     load_ms: float | None = None
     peak_memory_mb: float | None = None
     outputs: Mapping[str, np.ndarray] | None = None
-    notes: tuple[str, ...] = ()
+    unchecked: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,28 +54,39 @@ class Run:
 
     def get(self, name: str, kind: TensorType, dtype: np.dtype) -> np.ndarray:
         """An output file as an array. Raises BackendFailed when it has another size."""
-        data, want = self.device.sync.read_bytes(f"{self.folder}/{name}"), kind.size * dtype.itemsize
-        if len(data) != want:
-            raise BackendFailed(f"the runner wrote {len(data)} bytes to {name}, not {want} -> is it this bundle's?")
-        return np.frombuffer(data, dtype).reshape(kind.shape)
+        return read_codes(self.device, f"{self.folder}/{name}", kind, dtype)
 
     def samples(self) -> list[list[np.ndarray]]:
-        """The inputs' golden codes, sample by sample; a shorter input repeats its last."""
-        graph, codes = self.bundle.graph, self.bundle.golden_part("input")
-        sizes = {name: graph.type(name).shape[0] for name in graph.inputs}
-        counts = {name: len(codes[name]) // sizes[name] for name in graph.inputs}
-        starts = [{name: min(i, counts[name] - 1) * sizes[name] for name in sizes} for i in range(max(counts.values()))]
-        return [[codes[name][at : at + sizes[name]] for name, at in start.items()] for start in starts]
+        """The inputs' golden codes, sample by sample."""
+        return samples(self.bundle.graph, self.bundle.golden_part("input"), self.bundle.graph.inputs)
 
     def types(self, names: Sequence[str]) -> list[TensorType]:
         return [self.bundle.graph.type(name) for name in names]
 
-    def joined(self, samples: Sequence[Sequence[np.ndarray]]) -> dict[str, np.ndarray]:
-        """Outputs of every sample, as golden vectors are."""
-        return {
-            name: np.concatenate(pieces)
-            for name, pieces in zip(self.bundle.graph.outputs, zip(*samples, strict=True), strict=True)
-        }
+    def joined(self, found: Sequence[Sequence[np.ndarray]]) -> dict[str, np.ndarray]:
+        return joined(self.bundle.graph, found)
+
+
+def samples(graph: Graph, codes: Mapping[str, np.ndarray], names: Sequence[str]) -> list[list[np.ndarray]]:
+    """Golden codes of inputs or outputs, sample by sample; a shorter one repeats its last."""
+    sizes = {name: graph.type(name).shape[0] for name in names}
+    counts = {name: len(codes[name]) // sizes[name] for name in names}
+    starts = [{name: min(i, counts[name] - 1) * sizes[name] for name in names} for i in range(max(counts.values()))]
+    return [[codes[name][at : at + sizes[name]] for name, at in start.items()] for start in starts]
+
+
+def joined(graph: Graph, found: Sequence[Sequence[np.ndarray]]) -> dict[str, np.ndarray]:
+    """Outputs of every sample, as golden vectors are."""
+    pieces = zip(graph.outputs, zip(*found, strict=True), strict=True)
+    return {name: np.concatenate(arrays) for name, arrays in pieces}
+
+
+def read_codes(device: Any, path: str, kind: TensorType, dtype: np.dtype) -> np.ndarray:
+    """A file on the phone as an array of ``kind``. Raises BackendFailed when it has another size."""
+    data, want = device.sync.read_bytes(path), kind.size * dtype.itemsize
+    if len(data) != want:
+        raise BackendFailed(f"{path} has {len(data)} bytes, not {want} -> is it this bundle's?")
+    return np.frombuffer(data, dtype).reshape(kind.shape)
 
 
 class Executor:
@@ -113,7 +127,7 @@ class QnnExecutor:
         graph, lines = run.bundle.graph, []
         for s, sample in enumerate(run.samples()):
             for i, codes in enumerate(sample):
-                run.put(f"in{s}-{i}.bin", _narrow(codes).tobytes())
+                run.put(f"in{s}-{i}.bin", narrow(codes).tobytes())
             lines.append(" ".join(f"in{s}-{i}.bin" for i in range(len(sample))))
         timed = lines[:1] * (run.warmup + run.repeats)
         run.put("inputs.txt", "".join(f"{line}\n" for line in lines + timed).encode())
@@ -129,14 +143,14 @@ class QnnExecutor:
 
     def _output(self, run: Run, name: str, kind: TensorType) -> np.ndarray:
         codes = np.dtype(NUMPY[kind.dtype])
-        return run.get(name, kind, _narrow(np.empty(0, codes)).dtype).astype(codes)
+        return run.get(name, kind, narrow(np.empty(0, codes)).dtype).astype(codes)
 
 
 class OnnxPerfTest:
     """onnxruntime_perf_test: the model and its test_data_set_0 in one folder; one line per inference in its result
     file. It keeps no outputs."""
 
-    artifact, summary, on_npu = "onnx_qdq", "onnxruntime_perf_test, CPU", False
+    artifact, summary, on_npu = "onnx_qdq", f"{PERF_TEST}, CPU", False
     tools = ("onnx",)
 
     def run(self, run: Run) -> Measured:
@@ -154,9 +168,7 @@ class OnnxPerfTest:
         latencies, peak_mb = perf_times(run.shell("cat times.csv"), run.warmup, run.repeats)
         loaded = re.search(r"Session creation time cost: ?([\d.e+-]+) s", log)
         load_ms = float(loaded[1]) * 1e3 if loaded else None
-        return Measured(
-            latencies, load_ms, peak_mb, notes=("golden vectors not compared: the runner keeps no outputs",)
-        )
+        return Measured(latencies, load_ms, peak_mb, unchecked=f"{PERF_TEST} keeps no outputs to compare")
 
 
 #: Runners by what their file's name contains; any other is an executor_runner.
@@ -211,8 +223,8 @@ def _timeless(kind: str, text: str) -> BackendFailed:
     return BackendFailed(f"the runner said too little about time -> is it {kind}?\n{tail(text)}")
 
 
-def _narrow(codes: np.ndarray) -> np.ndarray:
-    """Codes as a program for HTP takes them: ids as int32."""
+def narrow(codes: np.ndarray) -> np.ndarray:
+    """Codes as the NPU takes them: ids as int32."""
     return codes.astype(np.int32) if codes.dtype == np.int64 else codes
 
 

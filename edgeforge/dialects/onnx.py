@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from edgeforge import __version__
 from edgeforge.ir.fixed import channel_scale, clamp_codes
@@ -25,8 +25,13 @@ from edgeforge.ir.types import RANGE, QParams, TensorType, pack_int4
 OPSET = 23
 #: Newest IR version that ONNX Runtime 1.32 and QNN 2.49 were tried with; opset 23 came with it.
 IR_VERSION = 11
-#: A protobuf message holds 2 GiB; larger initializers go to a file beside the model.
-PROTO_LIMIT = 2**31 - 2**20
+#: Bytes of constants from which on those of LARGE bytes go to a file beside the model: a protobuf message holds at most
+#: 2 GiB, and is copied several times on its way.
+APART, LARGE = 1 << 28, 1 << 20
+#: Where such constants begin in their file: on a page, as ONNX asks for, so that they can be mapped.
+PAGE = 4096
+#: Rows that are transposed at a time.
+ROWS = 64
 
 ELEMENT = {
     "f32": TensorProto.FLOAT,
@@ -43,8 +48,8 @@ class _Emitter:
     """The ``g`` of the op table's ``onnx`` column. ``g(op_type, *names, **attributes)`` adds a float op and returns its
     result's name; a name of the graph among the inputs is dequantized first, once per node."""
 
-    def __init__(self, graph: Graph, two_level: bool):
-        self.graph, self.two_level = graph, two_level
+    def __init__(self, graph: Graph, two_level: bool, apart: IO[bytes] | None):
+        self.graph, self.two_level, self.apart = graph, two_level, apart
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.node: Node = graph.nodes[0]
@@ -118,13 +123,26 @@ class _Emitter:
 
     def initialize(self, name: str, dtype: str, data: np.ndarray) -> str:
         if name not in self.initializers:
-            array = np.array(data, order="C")
-            if dtype == "i4":
-                made = helper.make_tensor(name, TensorProto.INT4, array.shape, pack_int4(array), raw=True)
-            else:
-                made = numpy_helper.from_array(array.astype(helper.tensor_dtype_to_np_dtype(ELEMENT[dtype])), name)
-            self.initializers[name] = made
+            self.initializers[name] = self.stored(name, dtype, np.asarray(data))
         return name
+
+    def stored(self, name: str, dtype: str, data: np.ndarray) -> onnx.TensorProto:
+        """The initializer; large ones go to the file for them, if there is one."""
+        if dtype == "i4":
+            array = np.frombuffer(pack_int4(data), np.uint8)
+        else:
+            array = np.ascontiguousarray(data, helper.tensor_dtype_to_np_dtype(ELEMENT[dtype]))
+        made = TensorProto(name=name, data_type=ELEMENT[dtype], dims=data.shape)
+        if self.apart is None or array.nbytes < LARGE:
+            made.raw_data = array.tobytes()
+            return made
+        self.apart.write(bytes(-self.apart.tell() % PAGE))
+        place = {"location": Path(self.apart.name).name, "offset": self.apart.tell(), "length": array.nbytes}
+        self.apart.write(array.data)
+        made.data_location = TensorProto.EXTERNAL
+        for key, value in place.items():
+            made.external_data.add(key=key, value=str(value))
+        return made
 
     # ------------------------------------------------------------------------------------- words of the onnx column
 
@@ -173,7 +191,7 @@ class _Emitter:
             self.real[w] = self.two_levels(w, q, data)
         else:
             q = q if q.block is None else QParams(q.scale.T, 0, axis=0, block=q.block)
-            stored = self.initialize(f"{w}/transposed", kind.dtype, data.T)
+            stored = self.initialize(f"{w}/transposed", kind.dtype, transposed(data))
             moved = TensorType(kind.shape[::-1], kind.dtype, q)
             self.real[w] = self.dequantize(stored, w, moved, axis=0 if q.block is not None else 1)
         y = self("MatMul", x, w)
@@ -206,12 +224,21 @@ class _Emitter:
         return self.add("DequantizeLinear", [narrow, f"{w}/scales", f"{w}/zeros"], real, real, **blocks)
 
 
-def to_onnx(graph: Graph, two_level: bool = False) -> onnx.ModelProto:
+def transposed(codes: np.ndarray) -> np.ndarray:
+    """[I, O] of codes [O, I], contiguous; some rows at a time, whose lines stay in the cache."""
+    made = np.empty(codes.shape[::-1], codes.dtype)
+    for at in range(0, len(codes), ROWS):
+        made[:, at : at + ROWS] = codes[at : at + ROWS].T
+    return made
+
+
+def to_onnx(graph: Graph, two_level: bool = False, apart: IO[bytes] | None = None) -> onnx.ModelProto:
     """The QDQ model of an integer graph: uint8/uint16 codes (and int64 indices) in, codes out, fixed shapes.
 
-    two_level: block-wise weights in the form of `_Emitter.two_levels` (as float32) instead of int4 and block scales."""
+    two_level: block-wise weights in the form of `_Emitter.two_levels` (as float32) instead of int4 and block scales.
+    apart: an empty file, to lie beside the model, for its large constants."""
     assert graph.level == "integer", graph.level
-    emitter = _Emitter(graph, two_level)
+    emitter = _Emitter(graph, two_level, apart)
     for node in graph.nodes:
         emitter.emit(node)
     made = helper.make_graph(
@@ -233,14 +260,16 @@ def _port(name: str, kind: TensorType) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, ELEMENT[kind.dtype], kind.shape)
 
 
-def write_onnx(model: onnx.ModelProto, path: Path) -> tuple[str, ...]:
-    """Write and check a model; returns the names of the files written (``<name>.data`` holds the initializers of a
-    model that exceeds a protobuf message). Raises onnx.checker.ValidationError when the dialect breaks a rule."""
+def write_onnx(graph: Graph, path: Path, two_level: bool = False) -> tuple[str, ...]:
+    """Write and check the model of `to_onnx`; returns the names of the files written (``<name>.data`` holds the large
+    constants of a large model). Raises onnx.checker.ValidationError when the dialect breaks a rule."""
     files = (path.name,)
-    if sum(len(tensor.raw_data) for tensor in model.graph.initializer) > PROTO_LIMIT:
-        files = (path.name, f"{path.name}.data")
-        onnx.save_model(model, path, save_as_external_data=True, location=files[1])
+    if sum(value.type.nbytes for value in graph.constants()) < APART:
+        model = to_onnx(graph, two_level)
     else:
-        path.write_bytes(model.SerializeToString(deterministic=True))
+        files = (path.name, f"{path.name}.data")
+        with (path.parent / files[1]).open("wb") as apart:
+            model = to_onnx(graph, two_level, apart)
+    path.write_bytes(model.SerializeToString(deterministic=True))
     onnx.checker.check_model(path, full_check=True)
     return files

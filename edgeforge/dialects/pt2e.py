@@ -54,6 +54,8 @@ class _Module(nn.Module):
 
     def compute(self, node: Node, known: dict[str, torch.Tensor]) -> torch.Tensor:
         operands = [self.real(node, i, known) for i in range(len(node.inputs))]
+        if "dynamic" in node.attrs:
+            operands[0] = _per_token(operands[0])
         return self.quantize(node.output, self.clamp(node, _plain(self.graph, node, operands)))
 
     def real(self, node: Node, i: int, known: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -174,9 +176,17 @@ def _blockwise(
     return affine(codes, [1, block], scale, zero, torch.int8, low, high, output_dtype=torch.float32)
 
 
+def _per_token(x: torch.Tensor) -> torch.Tensor:
+    """int8 codes and back, with a range for each row."""
+    scale, zero = QD.choose_qparams_per_token_asymmetric.default(x, torch.int8)
+    codes = QD.quantize_per_token.default(x, scale, zero, -128, 127, torch.int8)
+    return QD.dequantize_per_token.default(codes, scale, zero, -128, 127, torch.int8, torch.float32)
+
+
 def _plain(graph: Graph, node: Node, operands: list[torch.Tensor]) -> torch.Tensor:
-    """The float op without its fused clamp."""
-    plain = Node(node.op, node.inputs, node.output, {k: v for k, v in node.attrs.items() if k != "clamp"}, node.source)
+    """The float op without what the dialect says apart: a fused clamp, and inputs rounded as they come."""
+    attrs = {k: v for k, v in node.attrs.items() if k not in ("clamp", "dynamic")}
+    plain = Node(node.op, node.inputs, node.output, attrs, node.source)
     return OPS[node.op].torch(torch, graph.view(plain), *operands)
 
 
@@ -196,7 +206,7 @@ def example_inputs(module: _Module) -> tuple[torch.Tensor, ...]:
     made = []
     for name in module.graph.inputs:
         kind = module.graph.type(name)
-        dtype = ids if kind.q is None else taken if kind.dtype == "u8" else torch.float32
+        dtype = {"i64": ids, "u8": taken}.get(kind.dtype, torch.float32)
         made.append(torch.zeros(kind.shape, dtype=dtype))
     return tuple(made)
 

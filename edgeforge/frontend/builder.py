@@ -13,7 +13,7 @@ import numpy as np
 
 from edgeforge.errors import InvalidGraph, InvalidInput, Reason, Unsupported
 from edgeforge.ir.graph import Graph, Node, NodeView
-from edgeforge.ir.types import TensorType, Value
+from edgeforge.ir.types import TensorType, Value, is_finite
 from edgeforge.ir.verify import verify
 from edgeforge.ops import OPS
 from edgeforge.passes.dead import remove_dead
@@ -121,7 +121,7 @@ class Builder:
             data = np.ascontiguousarray(const.data, np.float32)
             name = self.unique(const.name or (f"{self.where}.constant" if self.where else "constant"))
             self.values[name] = Value(name, TensorType(data.shape), data)
-            if not np.isfinite(data).all():
+            if not is_finite(data):
                 self._not_finite.append(name)
             if const.kind is not None:
                 self.encodings[name] = const.kind

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +19,10 @@ from edgeforge.frontend.language import Language, folded
 
 #: What is read of a repository on the hub.
 FILES = ("*.json", "*.safetensors", "chat_template.jinja")
+#: Bytes; torch's vectorized sums vary with it in the last bit (see `run_float`).
+ALIGNED = 64
+#: Elements from which on a tensor gets a file of its own.
+LARGE = 1 << 20
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+$")
 
 
@@ -59,6 +65,17 @@ def check_vocabulary(tokenizer: str, vocab: int, folder: Path) -> None:
         raise InvalidInput(
             f"{folder}: tokenizer.json has ids up to {most}, the embedding has {vocab} rows -> files of one model"
         )
+
+
+def as_float32(tensor: Tensor) -> Tensor:
+    """``tensor`` as float32: of a large one that is no such already, a copy in a nameless file that is mapped, so that
+    the system can take back the memory of what is not in use."""
+    if tensor.numel() < LARGE or (tensor.dtype == torch.float32 and tensor.data_ptr() % ALIGNED == 0):
+        return tensor.float()
+    with tempfile.TemporaryFile() as file:
+        file.truncate(4 * tensor.numel())
+        mapped = np.memmap(file, np.float32, "r+", shape=tuple(tensor.shape))
+    return torch.from_numpy(mapped).copy_(tensor)
 
 
 class _Checkpoint:
@@ -116,10 +133,10 @@ class _Checkpoint:
             raise InvalidInput(
                 f"{self.folder}: {name} holds {tensor.dtype} -> float weights (dequantize the checkpoint)"
             )
-        if not torch.isfinite(tensor).all():
+        if not all(bound.isfinite() for bound in tensor.aminmax()):
             raise InvalidInput(f"{self.folder}: {name} holds NaN or infinity -> repair the checkpoint")
         self.taken.add(name)
-        return tensor.float()
+        return as_float32(tensor)
 
     def weights(self, config: DecoderConfig) -> dict[str, Tensor]:
         """Every parameter of `Decoder`, and an error if the layers hold more than that."""

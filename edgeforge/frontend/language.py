@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -42,6 +43,14 @@ class Language:
             return self.config.bos
         first = tokenizer.encode("").ids[:1]
         return first[0] if first else None
+
+    def hash(self) -> str:
+        """sha256 over configuration, tokenizer, template and weights."""
+        digest = hashlib.sha256(repr((self.name, self.config, self.tokenizer, self.chat_template)).encode())
+        for name, weight in sorted(self.weights.items()):
+            digest.update(f"{name}{tuple(weight.shape)}".encode())
+            digest.update(weight.contiguous().numpy().data)
+        return digest.hexdigest()
 
     def decoder(self, context: int) -> Decoder:
         """The module for up to ``context`` tokens, on the same weights in memory.

@@ -114,10 +114,16 @@ def ceil_log2(s: Array) -> Array:
     return np.where(fraction == 0.5, exponent - 1, exponent).astype(np.int64)
 
 
-def dot_bound(weights: Array, bias: Array | None, low: int, high: int) -> int:
-    """Largest |accumulator| any input in [low, high] (zero point already subtracted) can reach, from the actual
-    weights [C, ...] and bias [C]."""
+def signed_sums(weights: Array) -> tuple[Array, Array]:
+    """int64 [C]: the sums of the positive and of the negative weights [C, ...]."""
     w = weights.reshape(weights.shape[0], -1)
-    positive, negative = np.maximum(w, 0).sum(1, dtype=np.int64), np.minimum(w, 0).sum(1, dtype=np.int64)
-    b = np.zeros(len(w), np.int64) if bias is None else bias.astype(np.int64)
+    total, size = w.sum(1, dtype=np.int64), np.abs(w).sum(1, dtype=np.int64)
+    return (size + total) // 2, (total - size) // 2
+
+
+def dot_bound(sums: tuple[Array, Array], bias: Array | None, low: int, high: int) -> int:
+    """Largest |accumulator| any input in [low, high] (zero point already subtracted) can reach, from the actual
+    weights (their `signed_sums`) and bias [C]."""
+    positive, negative = sums
+    b = np.zeros(len(positive), np.int64) if bias is None else bias.astype(np.int64)
     return int(np.maximum(positive * high + negative * low + b, -(positive * low + negative * high + b)).max())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,8 @@ class Node:
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """``level`` is "float" (every tensor f32, or i64 indices) or "integer" (codes with encodings, no float)."""
+    """``level`` is "float" (every tensor f32, or i64 indices; weights of dynamic linears are codes) or "integer" (codes
+    with encodings, no float)."""
 
     name: str
     level: str
@@ -74,11 +76,16 @@ class Graph:
 
     def hash(self) -> str:
         """sha256 over text and constants: equal hashes mean the same integers."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> str:
         from edgeforge.ir.text import print_graph, tensors
 
         digest = hashlib.sha256(print_graph(self).encode())
         for key, array in sorted(tensors(self).items()):
-            digest.update(f"{key}{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+            digest.update(f"{key}{array.dtype}{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,10 +29,24 @@ _NODE = re.compile(
 )
 
 
+#: Arrays of so many bytes are hashed once while they live (by id): nobody changes a constant of that size.
+LARGE = 1 << 20
+_digests: dict[int, str] = {}
+
+
 def _digest(array: np.ndarray) -> str:
-    shape = ",".join(map(str, array.shape))
-    raw = np.ascontiguousarray(array)
-    return f"#[{shape}]:{hashlib.sha256(str(raw.dtype).encode() + raw.tobytes()).hexdigest()[:8]}"
+    if array.nbytes < LARGE:
+        return _hashed(array)
+    if id(array) not in _digests:
+        _digests[id(array)] = _hashed(array)
+        weakref.finalize(array, _digests.pop, id(array))
+    return _digests[id(array)]
+
+
+def _hashed(array: np.ndarray) -> str:
+    digest = hashlib.sha256(str(array.dtype).encode())
+    digest.update(np.ascontiguousarray(array).data)
+    return f"#[{','.join(map(str, array.shape))}]:{digest.hexdigest()[:8]}"
 
 
 def _print_value(value: Value) -> str:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary, WeakSet
+
 import numpy as np
 
 from edgeforge.errors import InvalidGraph
-from edgeforge.ir.fixed import channel_scale, dot_bound, expand_blocks
+from edgeforge.ir.fixed import channel_scale, dot_bound, expand_blocks, signed_sums
 from edgeforge.ir.graph import Graph, NodeView
 from edgeforge.ir.op import BIAS, OPS, WEIGHT
 from edgeforge.ir.rules import RULES
-from edgeforge.ir.types import NUMPY, RANGE, Value
+from edgeforge.ir.types import NUMPY, RANGE, Value, is_finite
+
+#: Constants that were found sound (most passes leave them as they are), and the sums of weights of layers.
+_sound: WeakSet[Value] = WeakSet()
+_sums: WeakKeyDictionary[Value, tuple[np.ndarray, np.ndarray]] = WeakKeyDictionary()
 
 
 def verify(graph: Graph) -> Graph:
@@ -41,6 +47,8 @@ def verify(graph: Graph) -> Graph:
 def _value_problems(graph: Graph, value: Value) -> list[str]:
     kind, name = value.type, value.name
     problems = []
+    if value in _sound and (graph.level == "float" or kind.dtype != "f32"):
+        return problems
     if any(size < 1 for size in kind.shape):
         problems.append(f"{name}: shape {kind.shape} is not static and positive")
     if graph.level == "integer" and kind.dtype == "f32":
@@ -61,8 +69,10 @@ def _value_problems(graph: Graph, value: Value) -> list[str]:
             low, high = RANGE[kind.dtype]
             if value.data.min() < low or value.data.max() > high:
                 problems.append(f"{name}: codes outside {kind.dtype} [{low}, {high}]")
-        elif kind.dtype == "f32" and not np.isfinite(value.data).all():
+        elif kind.dtype == "f32" and not is_finite(value.data):
             problems.append(f"{name}: constant holds NaN or infinity")
+        if not problems:
+            _sound.add(value)
     return problems
 
 
@@ -103,9 +113,11 @@ def _check_integers(n: NodeView) -> None:
 
 
 def _check_dot(n: NodeView) -> None:
-    codes = n.data(1)
-    assert codes is not None
-    weights, bias = expand_blocks(n.q(1), codes), None
+    weights, bias = n.graph.values[n.node.inputs[1]], None
+    if weights not in _sums:
+        assert weights.data is not None
+        _sums[weights] = signed_sums(expand_blocks(n.q(1), weights.data))
+    sums = _sums[weights]
     if n.arity == 3:
         bias = n.data(2)
         expected = np.broadcast_to(n.q(0).scale * channel_scale(n.q(1)).astype(np.float32), n.q(2).scale.shape)
@@ -117,8 +129,8 @@ def _check_dot(n: NodeView) -> None:
     low, high = RANGE[n.type(0).dtype]
     limit = 2**31 - 1
     if n.type(0).dtype == "u16":
-        bound = dot_bound(weights, None, 0, 255)
+        bound = dot_bound(sums, None, 0, 255)
         n.require(bound <= limit, f"byte-wise sum can reach {bound}, int32 holds {limit}")
     else:
-        bound = dot_bound(weights, bias, low - n.zero(0), high - n.zero(0))
+        bound = dot_bound(sums, bias, low - n.zero(0), high - n.zero(0))
         n.require(bound <= limit, f"accumulator can reach {bound}, int32 holds {limit}")

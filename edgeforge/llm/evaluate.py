@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgeforge import backends
 from edgeforge.bundle import Bundle
 from edgeforge.data import load_tokenizer
 from edgeforge.errors import InvalidInput
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
 
 #: Sequences of equal length that run together where the engine takes batches.
 BATCH = 8
+
+#: Added to the protocol where artifacts are scored.
+ARTIFACTS = "; artifacts run with a prefill graph that keeps the logits of every token"
 
 #: Token ids [B, N] -> log-probabilities [B, N - 1] of each token behind the first.
 Scorer = Callable[[np.ndarray], np.ndarray]
@@ -84,25 +90,39 @@ def simulator_scorer(bundle: Bundle, fake: bool = False) -> Scorer:
     assert record is not None
 
     def score(ids: np.ndarray) -> np.ndarray:
-        return _scores(Session(graphs, steps, record.windows, len(ids)), ids)
+        return _scores(Session(graphs, steps, record.windows, len(ids)), ids, chunked=True)
 
     return score
 
 
 def artifact_scorer(session: Session) -> Scorer:
-    """An artifact: decode steps, one sequence after another."""
+    """An artifact, one sequence after another: prefill steps where its graph keeps the logits of every token, else
+    decode steps."""
+    chunked = session.graphs["prefill"].type("logits").shape[1] == session.chunk
 
     def score(ids: np.ndarray) -> np.ndarray:
         rows = []
         for row in ids:
             session.restart()
-            rows.append(_scores(session, row[None], chunked=False))
+            rows.append(_scores(session, row[None], chunked))
         return np.concatenate(rows)
 
     return score
 
 
-def _scores(session: Session, ids: np.ndarray, chunked: bool = True) -> np.ndarray:
+@contextmanager
+def scoring(bundle: Bundle, backend: str) -> Iterator[Session]:
+    """A session on a backend's artifact, and on its prefill graph compiled once more so that it keeps the logits of
+    every token. Raises as `opened`."""
+    chosen, graph = backends.backend(backend), all_logits(bundle.parts[0].graph)
+    with opened(bundle, backend) as session, TemporaryDirectory(prefix="edgeforge-") as folder:
+        chosen.compile(graph, bundle.target, Path(folder))
+        with chosen.opened(Path(folder), graph, bundle.target) as prefill:
+            graphs, steps = ({**session.graphs, "prefill": graph}, {**session.steps, "prefill": prefill})
+            yield Session(graphs, steps, session.windows)
+
+
+def _scores(session: Session, ids: np.ndarray, chunked: bool) -> np.ndarray:
     q, at, found = session.graphs["decode"].type("logits").q, 0, []
     for count, codes in session.walk(ids[:, :-1], chunked):
         codes = codes[:, codes.shape[1] - count :]
@@ -161,16 +181,17 @@ def rounded(graph: Graph, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarr
 
 
 def scorers(
-    bundle: Bundle | None, language: Language | None, context: int, backends: Sequence[str]
+    bundle: Bundle | None, language: Language | None, context: int, artifacts: Sequence[str]
 ) -> Iterator[tuple[str, Scorer]]:
     """(engine, scorer) one after another: float (with a model), fake-quant and simulator (with a bundle), artifacts."""
     if language is not None:
         yield "float", float_scorer(language, context)
     if bundle is not None:
-        yield "fake-quant", simulator_scorer(bundle, fake=True)
+        if bundle.graph.level == "integer":
+            yield "fake-quant", simulator_scorer(bundle, fake=True)
         yield "simulator", simulator_scorer(bundle)
-        for name in backends:
-            with opened(bundle, name) as session:
+        for name in artifacts:
+            with scoring(bundle, name) as session:
                 yield name, artifact_scorer(session)
 
 

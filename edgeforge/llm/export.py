@@ -11,6 +11,7 @@ import numpy as np
 from edgeforge.bundle import LanguageRecord, port
 from edgeforge.data import load_tokenizer
 from edgeforge.errors import InvalidInput
+from edgeforge.ir.graph import Graph
 from edgeforge.llm.quantize import Part, Steps, read_texts, token_sequences
 from edgeforge.llm.session import Session
 from edgeforge.models import Model
@@ -69,7 +70,7 @@ def golden_steps(
 
 
 def describe(
-    language: Language, recipe: Recipe, parts: Mapping[str, Part], ids: Sequence[int], folder: Path
+    language: Language, recipe: Recipe, graphs: Mapping[str, Graph], ids: Sequence[int], folder: Path
 ) -> LanguageRecord:
     """Write tokenizer and template into ``folder``; the record of the manifest, with a golden generation behind
     the first tokens of ``ids``."""
@@ -77,7 +78,6 @@ def describe(
     if language.chat_template is not None:
         (folder / TEMPLATE).write_text(language.chat_template)
     load_tokenizer(folder / TOKENIZER)
-    graphs = {name: part.graph for name, part in parts.items()}
     steps = {name: lambda feeds, graph=graph: simulate(graph, feeds) for name, graph in graphs.items()}
     session, prompt = Session(graphs, steps, language.config.masks), list(ids[:PROMPT])
     greedy: list[int] = []

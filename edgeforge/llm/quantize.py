@@ -18,7 +18,9 @@ from edgeforge.progress import track
 from edgeforge.quantize.assign import assign, bits
 from edgeforge.quantize.calibrate import Range, calibrate
 from edgeforge.quantize.convert import convert
+from edgeforge.quantize.dynamic import dynamic_linears
 from edgeforge.recipe import Precision, Recipe
+from edgeforge.steps import Step, at_once
 from edgeforge.target import Target
 
 if TYPE_CHECKING:
@@ -74,16 +76,17 @@ class Steps:
 
 @dataclass(frozen=True)
 class Part:
-    """One of the two graphs, real and integer."""
+    """One of the two graphs, real and quantized."""
 
     real: Graph
     graph: Graph
 
 
 def quantize_language(
-    language: Language, recipe: Recipe, target: Target, sequences: Sequence[Sequence[int]]
+    language: Language, recipe: Recipe, target: Target, sequences: Sequence[Sequence[int]], step: Step = at_once
 ) -> tuple[dict[str, Part], tuple[str, ...]]:
     """Both graphs, and notes on what was changed and measured. sequences: token ids, at least one full chunk each.
+    step: see `edgeforge.steps`.
 
     Raises Unsupported with every node that the target cannot run as asked."""
     chunk, context = recipe.language.chunk, recipe.language.context
@@ -91,14 +94,21 @@ def quantize_language(
         raise InvalidInput(f"language.chunk {chunk} is not below language.context {context} -> --set language.chunk=N")
     if recipe.bias_correction:
         raise InvalidInput("bias_correction is not offered for language models -> --set bias_correction=0")
-    padded, notes = language.padded(Precision(recipe.precision).block or 1), ()
+    precision = Precision(recipe.precision)
+    padded, notes = language.padded(precision.block or 1), ()
     if padded is not language:
         notes = (f"MLP padded with zeros from {language.config.hidden} to {padded.config.hidden} features (blocks)",)
     language = padded
-    whole = language.graph("calibration", chunk, context)
-    steps = Steps(language, [s for s in sequences if len(s) >= chunk][: recipe.calibration.samples], chunk, context)
-    how, widths = recipe.calibration, bits(whole, recipe, target)
-    ranges = within_masks(whole, calibrate(whole, steps, how.method, widths, how.percentile))
+    if precision.dynamic:
+        return _dynamic(language, recipe), notes
+
+    def calibrated() -> dict[str, Range]:
+        whole = language.graph("calibration", chunk, context)
+        steps = Steps(language, [s for s in sequences if len(s) >= chunk][: recipe.calibration.samples], chunk, context)
+        how, widths = recipe.calibration, bits(whole, recipe, target)
+        return within_masks(whole, calibrate(whole, steps, how.method, widths, how.percentile))
+
+    ranges = step("ranges", calibrated)
     parts: dict[str, Part] = {}
     for name, tokens in (("prefill", chunk), ("decode", 1)):
         real = language.graph(f"{language.name}-{name}", tokens, context, last_only=True)
@@ -109,6 +119,16 @@ def quantize_language(
     parts["decode"] = replace(parts["decode"], graph=decode)
     parts["prefill"] = replace(parts["prefill"], graph=_with_tables(parts["prefill"].graph, decode))
     return parts, notes + measured
+
+
+def _dynamic(language: Language, recipe: Recipe) -> dict[str, Part]:
+    """Both graphs with dynamic linears, on the same codes."""
+    parts: dict[str, Part] = {}
+    for name, tokens in (("prefill", recipe.language.chunk), ("decode", 1)):
+        real = language.graph(f"{language.name}-{name}", tokens, recipe.language.context, last_only=True)
+        first = parts.get("prefill")
+        parts[name] = Part(real, dynamic_linears(real, recipe, first and first.graph))
+    return parts
 
 
 def _with_tables(graph: Graph, measured: Graph) -> Graph:

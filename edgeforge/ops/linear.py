@@ -1,4 +1,6 @@
-"""linear: y = requant((x - zx) @ w.T + b), weights [O, I] per output channel, x [..., I]."""
+"""linear: y = requant((x - zx) @ w.T + b), weights [O, I] per output channel, x [..., I].
+
+Attribute ``dynamic`` (float graphs): y = round8(x) @ w.T + b, x rounded to int8 with a range for each row."""
 
 from __future__ import annotations
 
@@ -32,8 +34,18 @@ def onnx(g: Any, n: NodeView, x: str, w: str, b: str | None = None) -> str:
 
 
 def torch(T: Any, n: NodeView, x: Any, w: Any, b: Any = None) -> Any:
-    y = T.nn.functional.linear(x, w, b)
+    y = T.nn.functional.linear(round8(T, x) if "dynamic" in n.attrs else x, w, b)
     return y.clamp(*n["clamp"]) if "clamp" in n.attrs else y
+
+
+def round8(T: Any, x: Any) -> Any:
+    """Each row as int8 codes stand for it: ``scale = (max(x, 0) - min(x, 0)) / 255``, the zero point by the end that
+    it misses less (choose_qparams_per_token_asymmetric of torch's quantized_decomposed)."""
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    scale = ((high - low) / 255).clamp(min=T.finfo(T.float32).eps)
+    bottom, top = low / scale, high / scale
+    zero = T.where(bottom + top - 1 > 0, -128 - bottom, 127 - top).clamp(-128, 127).round()
+    return ((x / scale).round().add(zero).clamp(-128, 127) - zero) * scale
 
 
 def tosa(g: Any, n: NodeView, x: str, *names: str) -> str:

@@ -69,7 +69,8 @@ class _Converter:
         """The weights ``name`` as the other graph has them."""
         values = {} if self.made is None else self.made.values
         found = (values.get(key) for key in (name, f"{name}.{dtype}"))
-        return next((replace(v, name=name) for v in found if v is not None and v.type.dtype == dtype), None)
+        value = next((v for v in found if v is not None and v.type.dtype == dtype), None)
+        return value if value is None or value.name == name else replace(value, name=name)
 
     def data(self, name: str) -> np.ndarray:
         data = self.graph.values[name].data
@@ -106,6 +107,9 @@ class _Converter:
             dtype = self.values[node.output].type.dtype
             kind = TensorType(self.data(name).shape, dtype, affine(_data_range(self.data(name)), dtype))
         assert kind.q is not None
+        other = None if self.made is None else self.made.values.get(name)
+        if other is not None and other.type == kind:
+            return other
         return Value(name, kind, kind.q.quantize(self.data(name), kind.dtype))
 
     def requantized(self, name: str, wanted: TensorType, source: str) -> str:
@@ -131,7 +135,10 @@ def as_computed(graph: Graph, target: Target) -> Graph:
 
 
 def with_profile(graph: Graph, profile: str) -> Graph:
-    """The same codes and encodings, rounded as another runtime does. A table that was measured from it stays."""
+    """The same codes and encodings, rounded as another runtime does. A table that was measured from it stays, and so
+    does a float graph (dynamic linears)."""
+    if graph.level == "float":
+        return graph
     nodes = []
     for node in graph.nodes:
         family = OPS[node.op].numerics

@@ -19,16 +19,18 @@ def quantize_weight(
         scales = _block_scales(name, data, dtype, block)
         q = QParams(scales, 0, axis=0, block=block)
     else:
-        parts = [_channel_scales(data[rows], RANGE[dtype][1], method) for rows in row_blocks(data.shape)]
+        parts = [channel_scales(data[rows], RANGE[dtype][1], method) for rows in row_blocks(data.shape)]
         q = QParams(np.maximum(np.concatenate(parts), least).astype(np.float32), 0, axis=0)
     return Value(name, TensorType(data.shape, dtype, q), q.quantize(data, dtype))
 
 
-def _channel_scales(data: np.ndarray, top: int, method: str) -> np.ndarray:
+def channel_scales(data: np.ndarray, top: int, method: str) -> np.ndarray:
     """float64 scale per output channel."""
     flat = data.reshape(len(data), -1).astype(np.float64)
     widest = np.maximum(np.abs(flat).max(1), 1e-9 * top) / top
-    factors = np.linspace(0.5, 1.0, 51) if method == "mse" else np.ones(1)
+    if method != "mse":
+        return widest
+    factors = np.linspace(0.5, 1.0, 51)
     best, best_error = widest, np.full(len(flat), np.inf)
     for factor in factors:
         scale = (widest * factor)[:, None]

@@ -168,10 +168,11 @@ def summary(facts: Facts) -> tuple[list[str], list[list[Any]]]:
     for result in (*facts.devices(), *facts.latest("host")):
         if result.p50_us is not None:
             flags = f" [{'; '.join(result.flags)}]" if result.flags else ""
+            speed = f", {result.tokens_per_second:.3g} tokens/s" if result.tokens_per_second else ""
             rows.append(
                 [
                     f"{result.artifact} p50",
-                    f"{result.p50_us / 1e3:.3g} ms{flags}",
+                    f"{result.p50_us / 1e3:.3g} ms{speed}{flags}",
                     f"{result.source}: {result.device.name}",
                 ]
             )

@@ -45,9 +45,10 @@ def bundle_readme(target: Target, fields: dict[str, Any]) -> str:
         lines += ["UNCALIBRATED: ranges come from random data; outputs are meaningless.", ""]
     for name, record in fields["backends"].items():
         needs, command = PHONE.get(name, ("see the backend's documentation", ""))
-        if fields.get("language"):
-            command = command.replace(f"artifacts/{name}/", f"artifacts/{name}/decode/")
-            needs += "; prefill/ and decode/ hold one artifact each"
+        if fields.get("language") and record.files:
+            apart = any("/decode/" in file for file in record.files)
+            command = command.replace(f"artifacts/{name}/", f"artifacts/{name}/decode/") if apart else command
+            needs += "; prefill/ and decode/ hold one artifact each" if apart else "; methods prefill and decode"
         lines.append(f"[{name}]")
         if record.status != "built":
             lines += [f"  not built: {record.reason}", ""]
@@ -55,12 +56,13 @@ def bundle_readme(target: Target, fields: dict[str, Any]) -> str:
         lines += [f"  needs: {needs}", f"  run:   {command}"]
         lines += [f"  option: {key}={value}" for key, value in record.options.items()]
         lines += [f"  edit: {edit.where}: {edit.what} ({edit.why})" for edit in record.edits[:20]]
+        lines += [f"  note: {note}" for note in record.notes]
         if record.islands:
             lines.append(f"  runs in float there: {len(record.islands)} node(s), listed in manifest.json")
         lines.append("")
     lines += [
-        "Inputs and outputs are integer codes; manifest.json gives scale and zero point of each.",
-        "golden.safetensors holds inputs, float outputs and the simulator's integers to compare with.",
+        "manifest.json gives the type of each input and output, of integer codes also scale and zero point.",
+        "golden.safetensors holds inputs, float outputs and the simulator's outputs to compare with.",
         "Everything here was compiled and emulated on a workstation; nothing has run on a phone.",
     ]
     return "\n".join(lines) + "\n"
@@ -84,7 +86,7 @@ def quantization_report(graph: Graph, fields: dict[str, Any]) -> str:
         f"# {fields['model']}: {fields['precision']} for {fields['target']}",
         "",
         f"Calibration: {fields['calibration']}{'' if fields['calibrated'] else ' (**uncalibrated**)'}. "
-        f"{len(graph.nodes)} integer nodes, graph `{fields['graph_hash'][:16]}`.",
+        f"{len(graph.nodes)} nodes, {graph.level} graph `{fields['graph_hash'][:16]}`.",
         "",
         *(f"- {f.name}: {f.value:.6g} {f.unit} ({f.kind}; {f.source})" for f in fields["figures"]),
         "",

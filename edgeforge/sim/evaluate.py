@@ -20,10 +20,11 @@ Observer = Callable[[Node, Any], None]
 def simulate(
     graph: Graph, feeds: Mapping[str, np.ndarray], kernels: Any = None, observe: Observer | None = None
 ) -> dict[str, np.ndarray]:
-    """Run an integer graph: codes in, codes out, by value name.
+    """Run an integer graph: codes in, codes out, by value name. A float graph (dynamic linears) runs as `run_float`.
 
     Raises InvalidInput when a feed's name, dtype or shape (past the batch dimension) is not the graph's."""
-    assert graph.level == "integer", graph.level
+    if graph.level == "float":
+        return run_float(graph, feeds, observe)
     check_feeds(graph, feeds)
     if kernels is None:
         from edgeforge.sim.fast import Fast
@@ -42,10 +43,13 @@ def run_float(graph: Graph, feeds: Mapping[str, np.ndarray], observe: Observer |
     check_feeds(graph, feeds)
     # Torch aligns its own memory alike in every run; on NumPy's, vectorized sums vary in order and so in the last bit.
     # Weights that torch made are aligned already, and stay where they are.
-    constants = {
-        value.name: torch.tensor(value.data) if value.data.ctypes.data % 64 else torch.from_numpy(value.data)
+    real = {
+        value.name: value.data if value.type.q is None else value.type.q.dequantize(value.data)
         for value in graph.constants()
         if value.data is not None
+    }
+    constants = {
+        name: torch.tensor(data) if data.ctypes.data % 64 else torch.from_numpy(data) for name, data in real.items()
     }
     inputs = {name: torch.tensor(array) for name, array in feeds.items()}
     with torch.no_grad():
@@ -91,11 +95,11 @@ def _check_ids(graph: Graph, name: str, ids: np.ndarray) -> None:
 
 
 def quantize_feeds(graph: Graph, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Real inputs -> the codes an integer graph takes (ids pass unchanged)."""
+    """Real inputs -> the codes an integer graph takes (ids and floats pass unchanged)."""
     codes = {}
     for name, array in feeds.items():
         kind = graph.type(name)
-        codes[name] = array.astype(np.int64) if kind.q is None else kind.q.quantize(array, kind.dtype)
+        codes[name] = array.astype(NUMPY[kind.dtype]) if kind.q is None else kind.q.quantize(array, kind.dtype)
     return codes
 
 
@@ -109,9 +113,9 @@ def read_feeds(graph: Graph, arrays: Mapping[str, np.ndarray]) -> dict[str, np.n
     codes = {}
     for name in graph.inputs:
         kind, array = graph.type(name), np.asarray(arrays[name])
-        wanted = "integer ids" if kind.q is None else f"{kind.dtype} codes or float values"
-        if kind.q is None and array.dtype.kind in "iu":
-            codes[name] = array.astype(np.int64)
+        wanted = {"i64": "integer ids", "f32": "float values"}.get(kind.dtype, f"{kind.dtype} codes or float values")
+        if kind.q is None and array.dtype.kind in ("f" if kind.dtype == "f32" else "iu"):
+            codes[name] = array.astype(NUMPY[kind.dtype])
         elif kind.q is not None and array.dtype == NUMPY[kind.dtype]:
             codes[name] = array
         elif kind.q is not None and array.dtype.kind == "f":

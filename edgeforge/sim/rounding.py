@@ -165,7 +165,6 @@ _LOOPS: dict[str, Callable[[NodeView, int], Loop]] = {
     "htp8_v68": _htp8_v68,
     "htp_depthwise_2": _htp_depthwise_2,
     "htp16": _htp16,
-    "htp16_v68": _htp16,
     "fp32": _fp32,
     "ort_float_dot": _fp32,
 }

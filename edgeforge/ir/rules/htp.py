@@ -82,10 +82,20 @@ def _derive_htp8_v68(n: NodeView) -> Constants:
 
 
 def _apply_htp8_v68(n: NodeView, acc: Array) -> Array:
-    """Hexagon v68 and v69, 8-bit activations: ``(h * mult + 2**13) >> 14`` with ``h = (acc + offset) >> shift``."""
+    """Hexagon v68 and v69: ``(h * mult + 2**13) >> 14`` with ``h = (acc + offset) >> shift``; at 16 bits ``acc`` is the
+    accumulator at 1/256 (see `join_bytes`)."""
     mult, shift, offset = (along_channel(n, n.fixed[key]) for key in ("mult", "shift", "offset"))
     code = (shift_right(acc + offset, shift) * mult + (1 << 13)) >> 14
     return saturate(n, code - n.q(-1).zero)
+
+
+def _derive_htp16_v68(n: NodeView) -> Constants:
+    """As 8 bits, for an accumulator at 1/256; the bias is in the offset, whose low byte is cut."""
+    ratio = htp_ratio(n)
+    bias = np.zeros(1, np.int64) if n.arity < 3 else np.asarray(n.data(2), np.int64)
+    shift = -ceil_log2(256 * ratio) - 3
+    mult = np.floor(np.ldexp(ratio, shift + 22) + 0.5).astype(np.int64)
+    return with_range(n, mult=mult, shift=shift, offset=_folded_zero(n, ratio) + bias >> 8, bias=np.zeros(1, np.int64))
 
 
 def _derive_depthwise_2(n: NodeView) -> Constants:
@@ -126,10 +136,18 @@ def join_bytes(high: Array, low: Array, offset: Array) -> Array:
     return high + (low >> 8) - ((offset + 128) >> 8)
 
 
-def _apply_window16(n: NodeView, total: Array) -> Array:
+def _window16(n: NodeView, total: Array) -> Array:
     """``total``, the sum of (code - zero point), as a sum of weights 1 comes out of `join_bytes`."""
     offset = int(np.prod(n["kernel"])) * n.zero(0)
-    return _apply_htp16(n, ((total + offset) >> 8) - ((offset + 128) >> 8))
+    return ((total + offset) >> 8) - ((offset + 128) >> 8)
+
+
+def _apply_window16(n: NodeView, total: Array) -> Array:
+    return _apply_htp16(n, _window16(n, total))
+
+
+def _apply_window16_v68(n: NodeView, total: Array) -> Array:
+    return _apply_htp8_v68(n, _window16(n, total))
 
 
 def _derive_htp_mean(n: NodeView) -> Constants:
@@ -160,22 +178,15 @@ _EXACT8 = {
     "table": "htp_table",
 }
 
-V68 = "v73's rule: 20 to 71 % identical, 506 LSB"
+V68 = "99.5 % identical, 1 LSB, with a bias at ratios below 2**-11; depthwise 2x2 of stride 2: another kernel, 506 LSB"
 RULES = (
     Rule("htp8", _derive_htp8, _apply_htp8, "exact"),
     Rule("htp8_v68", _derive_htp8_v68, _apply_htp8_v68, "exact"),
     Rule("htp_depthwise_2", _derive_depthwise_2, _apply_depthwise_2, "exact"),
     Rule("htp16", _derive_htp16, _apply_htp16, "exact", bytewise=True),
-    Rule(
-        "htp16_v68",
-        _derive_htp16,
-        _apply_htp16,
-        "bounded",
-        "v73's rule: 55 % identical, 25 LSB; 71 %, 235 LSB with 4-bit weights",
-        bytewise=True,
-    ),
+    Rule("htp16_v68", _derive_htp16_v68, _apply_htp8_v68, "bounded", V68, bytewise=True),
     Rule("htp_window16", _derive_htp16, _apply_window16, "exact"),
-    Rule("htp_window16_v68", _derive_htp16, _apply_window16, "bounded", V68),
+    Rule("htp_window16_v68", _derive_htp16_v68, _apply_window16_v68, "bounded", V68),
     Rule("htp_mean", _derive_htp_mean, _apply_htp_mean, "exact"),
 )
 _EXACT16 = {
@@ -195,7 +206,7 @@ PROFILES: dict[str, Profile] = {
         "u16": {**EXACT_VALUE, **_EXACT16, **NORMS["u16"]},
     },
     "htp-v68": {
-        "u8": {**EXACT_VALUE, **_EXACT8, "dot": "htp8_v68", "avg_pool": "htp8_v68"},
-        "u16": {**EXACT_VALUE, **_EXACT16, "dot": "htp16_v68", "avg_pool": "htp_window16_v68"},
+        "u8": {**EXACT_VALUE, **_EXACT8, **NORMS["u8"], "dot": "htp8_v68", "avg_pool": "htp8_v68"},
+        "u16": {**EXACT_VALUE, **_EXACT16, **NORMS["u16"], "dot": "htp16_v68", "avg_pool": "htp_window16_v68"},
     },
 }

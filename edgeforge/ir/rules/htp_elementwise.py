@@ -202,13 +202,21 @@ def _look_up(n: NodeView, a: Array, b: Array) -> Array:
     return np.broadcast_to(n.fixed["table"][(a, b)[n.fixed["operand"]]], np.broadcast_shapes(a.shape, b.shape))
 
 
-def _apply_sum(n: NodeView, a: Array, b: Array) -> Array:
-    """``(left * a + right * b + offset) >> shift``, or a table."""
+def _weighted(n: NodeView, a: Array, b: Array) -> Array:
+    left, right = n.fixed["mult"]
+    return left * a.astype(np.int64) + right * b.astype(np.int64) + n.fixed["offset"]
+
+
+def _apply_sum8(n: NodeView, a: Array, b: Array) -> Array:
+    """``((left * a + right * b + offset) >> 8) >> (shift - 8)``, the last one to the left below 8; or a table."""
     if "table" in n.fixed:
         return _look_up(n, a, b)
-    left, right = n.fixed["mult"]
-    total = left * a.astype(np.int64) + right * b.astype(np.int64) + n.fixed["offset"]
-    return saturate(n, shift_right(total, n.fixed["shift"]) - n.q(-1).zero)
+    return saturate(n, shift_right(_weighted(n, a, b) >> 8, n.fixed["shift"] - 8) - n.q(-1).zero)
+
+
+def _apply_sum16(n: NodeView, a: Array, b: Array) -> Array:
+    """``(left * a + right * b + offset) >> shift``"""
+    return saturate(n, shift_right(_weighted(n, a, b), n.fixed["shift"]) - n.q(-1).zero)
 
 
 def _derive_requantize16(n: NodeView) -> Constants:
@@ -231,8 +239,8 @@ REACH16 = (
     "(1 LSB on 3 to 7 % of the elements otherwise)"
 )
 RULES = (
-    Rule("htp_sum", _derive_sum8, _apply_sum, "exact"),
-    Rule("htp_sum16", _derive_sum16, _apply_sum, "exact"),
+    Rule("htp_sum", _derive_sum8, _apply_sum8, "exact"),
+    Rule("htp_sum16", _derive_sum16, _apply_sum16, "exact"),
     Rule("htp_product", _derive_product8, _apply_product8, "exact"),
     Rule("htp_product16", _derive_product16, _apply_product16, "exact"),
     Rule("htp_requantize", _derive_requantize, apply_table, "bounded", REACH8),

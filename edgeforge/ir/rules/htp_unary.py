@@ -71,9 +71,8 @@ RULES = (
     Rule("htp_table", _derive_table, apply_table, "exact"),
     Rule(MEASURED, _derive_measured, apply_table, "exact", "(table measured from the HTP emulator)"),
 )
-PROFILES: dict[str, Profile] = {
-    "htp-v73": {
-        "u8": dict.fromkeys(("hardsigmoid", "neg", "reciprocal", "rsqrt", "sigmoid", "sqrt", "tanh"), "table"),
-        "u16": {"clip": "htp_clip16", "neg": "htp_affine16", "relu": "htp_affine16"},
-    },
+_FUNCTIONS: Profile = {
+    "u8": dict.fromkeys(("hardsigmoid", "neg", "reciprocal", "rsqrt", "sigmoid", "sqrt", "tanh"), "table"),
+    "u16": {"clip": "htp_clip16", "neg": "htp_affine16", "relu": "htp_affine16"},
 }
+PROFILES: dict[str, Profile] = {"htp-v73": _FUNCTIONS, "htp-v68": _FUNCTIONS}
