@@ -15,7 +15,7 @@ from edgeforge.backends import backend
 from edgeforge.conformance import page
 from edgeforge.conformance.cases import CHAIN, make_case, precisions, prefix, union
 from edgeforge.conformance.child import Child
-from edgeforge.conformance.run import conformance, outcomes, select
+from edgeforge.conformance.run import _short, conformance, outcomes, select
 from edgeforge.conformance.samplers import without_sampler
 from edgeforge.errors import InvalidInput
 from edgeforge.ir.op import OPS
@@ -136,3 +136,12 @@ def test_a_seed_makes_the_same_cases_with_any_number_of_threads() -> None:
     }
     assert len(made) == 1
     assert len(made.pop().split()) > 100
+
+
+def test_the_same_failure_at_another_time_is_the_same_reason() -> None:
+    def reason(time: str) -> str:
+        return _short(
+            f"BackendFailed: ort_qnn: failed; log: /tmp/a.log\n    {time} [W:onnxruntime:, a.cc:5 f] No Conv."
+        )
+
+    assert reason("2026-11-25 15:19:41.09") == reason("2026-11-26 03:00:00.1") == "No Conv."

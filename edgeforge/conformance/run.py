@@ -226,7 +226,7 @@ def _batch(child: Child, cases: Sequence[Case]) -> list[Outcome]:
 
 def _short(text: str) -> str:
     """The telling part of a failure, on one line, without paths of log files."""
-    lines = [_CHATTER.sub("", line).strip() for line in text.splitlines() if line.strip()]
+    lines = [_CHATTER.sub("", line.strip()).strip() for line in text.splitlines() if line.strip()]
     telling = lines[1] if len(lines) > 1 else lines[0]
     return _PATH.sub("", telling.partition("; log: ")[0])[:240]
 
