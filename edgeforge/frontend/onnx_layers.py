@@ -52,13 +52,14 @@ def conv_transpose(g: Builder, n: OnnxNode, x: Act, w: Any, b: Any = None) -> Ac
 def resize(g: Builder, n: OnnxNode, x: Act, *rest: Any) -> Act:
     """Resize(x, roi, scales, sizes); before opset 11, and as Upsample: (x, scales), asymmetric and floor."""
     old = n.op == "Upsample" or n.opset < 11
-    scales, sizes = [part for part in ((*rest, None) if old else (*rest[1:], None, None))][:2]
-    factors = None if scales is None or not scales.data.size else [float(s) for s in fixed(scales, "scale").reshape(-1)]
-    factors = n.get("scales", None) if factors is None and old else factors
-    size = None if old else ints(n, "sizes", sizes)
+    scales, sizes = ((*rest, None)[0], None) if old else (*rest[1:], None, None)[:2]
+    factors = n.get("scales", []) if scales is None else fixed(scales, "scale").reshape(-1).tolist()
+    size = ints(n, "sizes", sizes)
     mode, rounding = n.get("mode", "nearest"), n.get("nearest_mode", "round_prefer_floor")
     coordinates = "asymmetric" if old else n.get("coordinate_transformation_mode", "half_pixel")
     axes = [axis % x.rank for axis in n.get("axes", range(x.rank))]
+    if len(size or factors) != len(axes):
+        raise Refused(f"resizes {len(axes)} axes to {size or factors}", "give a size or a factor for each")
     wanted = dict(zip(axes, size or factors, strict=True))
     kept = all(wanted.get(axis, 1) in ((x.shape[axis],) if size else (1,)) for axis in axes if axis not in (2, 3))
     policy = n.get("keep_aspect_ratio_policy", "stretch")
