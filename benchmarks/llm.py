@@ -232,7 +232,8 @@ def section(key: str, row: dict[str, Any]) -> list[str]:
     reference = row["engines"]["simulator"].get("tokens", ())
     for engine, found in row["engines"].items():
         numbers = [f"{found[part]:.4f}" if part in found else "" for part in ("all", "few")]
-        numbers += [_share(found[part]) if part in found else "" for part in ("prefill", "decode")]
+        style = ".2g" if "8da4w" in key else ".2%"
+        numbers += [format(found[part], style) if part in found else "" for part in ("prefill", "decode")]
         pairs = zip(reference, found.get("tokens", ()), strict=False)
         greedy = ", ".join(f"{_equal(a, b)} of {len(a)}" for a, b in pairs)
         speed = f"{found['per_second']:.0f}" if "per_second" in found else ""
@@ -243,10 +244,6 @@ def section(key: str, row: dict[str, Any]) -> list[str]:
         names = ", ".join(engine for engine, other in shown.items() if other == text)
         lines += ["", f"{names}:", "", *(f"> {line}" for line in text.splitlines())]
     return lines
-
-
-def _share(value: float) -> str:
-    return f"{value:.2%}" if value > 0.01 else f"{value:.1e}"
 
 
 def _equal(a: list[int], b: list[int]) -> int:
