@@ -48,16 +48,6 @@ def test_a_child_that_stops_answering_leaves_its_log_alone(place):
     assert f"log: {log}" in str(failed.value)
 
 
-def test_a_program_that_is_not_there_leaves_nothing(place):
-    pytest.importorskip("executorch")
-    from edgeforge import backends
-
-    opened = backends.backend("executorch_xnnpack").opened(place / "absent", None, None)
-    with pytest.raises(FileNotFoundError), opened:
-        pass
-    assert list(place.glob("edgeforge-*")) == []  # PyTorch makes a folder of its own
-
-
 def test_a_log_is_kept_for_an_error_that_names_it_alone(place):
     with pytest.raises(BackendFailed), new_log("a"):
         raise BackendFailed("something else")
