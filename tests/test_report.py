@@ -163,6 +163,16 @@ def test_the_page_looks_as_on_record(opened, page_of, digits):
     assert np.abs(found - known).mean() < CLOSE < np.abs(thumbnail(page) - known).mean()
 
 
+def first_paint(page) -> float:
+    """Milliseconds. Asked from here: the page's policy forbids what Playwright's waiting would evaluate in it."""
+    for _ in range(300):
+        found = page.evaluate("performance.getEntriesByName('first-contentful-paint').map(entry => entry.startTime)")
+        if found:
+            return found[0]
+        page.wait_for_timeout(100)
+    raise AssertionError("nothing was painted in 30 s")
+
+
 @pytest.mark.parametrize("model", ["digits", "tinylm", "mobilenetv2"])
 def test_the_page_is_small_and_painted_within_two_seconds_on_a_slow_processor(
     run, opened, page_of, digits, tmp_path, model
@@ -179,8 +189,7 @@ def test_the_page_is_small_and_painted_within_two_seconds_on_a_slow_processor(
     paints = []
     while not paints or (min(paints) >= 2000 and len(paints) < 12):  # other work on this machine only adds to it
         page = opened(file, throttle=4)
-        page.wait_for_function("performance.getEntriesByName('first-contentful-paint').length > 0", timeout=30_000)
-        paints.append(page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime"))
+        paints.append(first_paint(page))
         assert page.complaints == []
     print(f"{model}: {file.stat().st_size / 1e3:.0f} kB, first paints {[round(ms) for ms in paints]} ms")
     assert 0 < min(paints) < 2000
