@@ -226,3 +226,11 @@ def test_the_ratio_of_scales_is_formed_in_float32(profile: str) -> None:
     fixed = with_profile(graph, profile).nodes[0].fixed
     assert np.ldexp(fixed["mult"].astype(np.float64), -fixed["shift"])[0] == x * w / y
     assert x * w / y != np.float32(np.float64(x) * np.float64(w) / np.float64(y))
+
+
+@pytest.mark.parametrize(("features", "refused"), [(63, True), (64, False)])
+def test_4_bit_linears_of_an_odd_width_are_refused_for_xnnpack(features, refused):
+    float_graph = optimize(from_module(torch.nn.Linear(features, 8), (torch.zeros(1, features),), "linear").graph)
+    recipe, samples = Recipe(precision="w4a8"), [{float_graph.inputs[0]: np.ones((1, features), np.float32)}]
+    graph = convert(float_graph, assign(float_graph, calibrate(float_graph, samples, "minmax"), recipe, TARGET), TARGET)
+    assert any("odd number" in reason.why for reason in XNNPACK.refusals(graph, TARGET)) == refused

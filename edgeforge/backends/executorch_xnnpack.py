@@ -57,7 +57,8 @@ class ExecutorchXnnpack:
     cannot_run = missing
 
     def refusals(self, graph: Graph, target: Target) -> list[Reason]:
-        """Graphs without any 8-bit layer (all would run in float), block-wise weights, transposed convolutions."""
+        """Graphs without any 8-bit layer (all would run in float), block-wise weights, transposed convolutions, 4-bit
+        linears of an odd width."""
         layers = [node for node in graph.nodes if node.op in LAYERS]
         wide = all(graph.type(node.inputs[0]).dtype == "u16" for node in layers)
         reasons = []
@@ -69,6 +70,13 @@ class ExecutorchXnnpack:
                 reasons.append(Reason(where, node.op, "block-wise weights do not lower to XNNPACK", "export at w4a8"))
             elif node.op == "conv_transpose2d":
                 reasons.append(no_transposed(node))
+            elif (
+                node.op == "linear"
+                and graph.type(node.inputs[1]).dtype == "i4"
+                and graph.type(node.inputs[1]).shape[1] % 2
+            ):
+                why = "XNNPACK computes 4-bit weights with an odd number of input features wrongly"
+                reasons.append(Reason(where, node.op, why, "export at w8a8"))
             elif wide:
                 why = "XNNPACK has no 16-bit integers, and no other layer reads 8-bit activations"
                 remedy = f"export at w{BITS[graph.type(node.inputs[1]).dtype]}a8"
