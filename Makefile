@@ -26,7 +26,8 @@ test: .venv/ready browser
 # The report's tests open it in Chromium: one that is here, else Debian's (as root), else Playwright's; without one they skip.
 browser: .venv/ready
 ifeq ($(CHROMIUM),)
-	{ test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -qq --no-install-recommends chromium fonts-dejavu-core; } \
+	{ test "$$(id -u)" = 0 && timeout 60 apt-get update -qq \
+	  && timeout 240 apt-get install -qq --no-install-recommends chromium fonts-dejavu-core; } \
 	  || $(BIN)/playwright install chromium || echo "no Chromium: the tests of reports in a browser will skip"
 endif
 
