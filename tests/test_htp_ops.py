@@ -16,6 +16,7 @@ from edgeforge.ir.rules import rule_of
 from edgeforge.ir.types import QParams, TensorType, Value
 from edgeforge.quantize.convert import with_profile
 from edgeforge.sim.evaluate import simulate
+from edgeforge.sim.parity import explode, exploded_feeds, per_node, trace
 from edgeforge.target import load_target
 
 TARGET = load_target("snapdragon-8-gen-3")
@@ -164,6 +165,21 @@ def test_a_requantize_beside_a_table_becomes_part_of_it(nodes, zero, rule):
     graph = chain(*nodes, zero=zero)
     view = graph.view(graph.producers()["y"])
     assert rule_of("htp-v73", "table", view).name == rule
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(BACKEND.missing()), reason="needs onnxruntime-qnn")
+def test_a_node_alone_is_compared_by_its_rule_alone(tmp_path):
+    """The requantize rounds otherwise in the network, where it is part of the relu's table."""
+    graph = chain(Node("relu", ("x",), "r"), Node("requantize", ("r",), "y"), shape=(1, 256))
+    graph.values["y"] = Value("y", TensorType((1, 256), "u8", QParams(np.float32(0.02 * 0.444), 0)))
+    graph = with_profile(graph, TARGET.numerics)
+    feeds = {"x": np.arange(256, dtype=np.uint8)[None]}
+    codes, cut = trace(graph, feeds), with_profile(explode(graph), TARGET.numerics)
+    alone = exploded_feeds(graph, codes)
+    assert (simulate(cut, alone)["y"] != codes["y"]).any()
+    assert [node.identical for node in per_node(BACKEND, tmp_path, cut, TARGET, alone)] == [1.0, 1.0]
+    np.testing.assert_array_equal(BACKEND.evaluate(graph, TARGET, feeds)["y"], codes["y"])
 
 
 def test_a_relu_behind_a_clip_is_joined_with_it():

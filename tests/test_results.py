@@ -10,7 +10,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from conftest import Failed
+from conftest import Failed, another_network
 
 from edgeforge.devices.result import SCHEMA, DeviceResult
 from edgeforge.devices.store import bundle_hash
@@ -198,16 +198,9 @@ def test_a_changed_weight_is_a_golden_failure(run, bundle, tmp_path):
     """The artifact of another network in this bundle's place, hashes renewed: it runs, and is flagged."""
     import hashlib
 
-    from onnx import load, numpy_helper, save
-
     pytest.importorskip("onnxruntime")
     file = bundle / "artifacts" / "onnx_qdq" / "model.onnx"
-    model = load(file)
-    weight = max(model.graph.initializer, key=lambda one: len(one.raw_data))
-    changed = numpy_helper.to_array(weight).copy()
-    changed[0] = 127
-    weight.CopyFrom(numpy_helper.from_array(changed, weight.name))
-    save(model, file)
+    another_network(file)
     manifest = json.loads((bundle / "manifest.json").read_text())
     manifest["sha256"]["artifacts/onnx_qdq/model.onnx"] = hashlib.sha256(file.read_bytes()).hexdigest()
     (bundle / "manifest.json").write_text(json.dumps(manifest))

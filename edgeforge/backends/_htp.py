@@ -6,16 +6,16 @@ whose activations differ in width, products with a uint8 second operand apart (s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from edgeforge.backends import Edit
 from edgeforge.errors import Reason
-from edgeforge.ir.graph import Graph, Node
+from edgeforge.ir.graph import Graph, Node, NodeView
 from edgeforge.ir.op import OPS
-from edgeforge.ir.rules import averages_apart, covers_image
+from edgeforge.ir.rules._kinds import averages_apart, covers_image
 from edgeforge.ir.rules.htp_norm import narrow_gain
 from edgeforge.ir.types import RANGE, QParams, TensorType, Value
 from edgeforge.passes.dead import remove_dead
@@ -33,6 +33,11 @@ class Editor:
         self.values = dict(graph.values)
         self.nodes: list[Node] = []
         self.edits: list[Edit] = []
+        self._producers = graph.producers()
+
+    def producer(self, node: Node) -> Node | None:
+        """The node that makes the first input."""
+        return self._producers.get(node.inputs[0])
 
     def put(self, node: Node, kind: TensorType | None = None) -> str:
         """Append a node; ``kind`` is the type of its output where that is a new value."""
@@ -57,9 +62,9 @@ class Editor:
 def prepare(graph: Graph, target: Target) -> tuple[Graph, tuple[Edit, ...]]:
     """The graph in forms that Hexagon computes in integers, and every change. Names of inputs and outputs stay; the new
     nodes carry no rounding constants (`with_profile` adds them)."""
-    steps = (_split_silu, _split_rsqrt, _layer_norm, _average, _transposed, _mean, _pad, _pad_behind, _clip_relu, _flat)
-    steps += (_transpose,)
-    graph, edits = rewritten(graph, steps)
+    forms = (_split_silu, _split_rsqrt, _layer_norm, _average, _transposed, _mean)
+    places = (_pad, _pad_behind, _clip_relu, _flat, _transpose)
+    graph, edits = rewritten(graph, forms + places)
     return remove_dead(graph), edits
 
 
@@ -212,10 +217,12 @@ def pad_apart(e: Editor, node: Node, why: str) -> None:
 def _pad_behind(e: Editor, node: Node) -> None:
     """p = f(x); y = pad(p), at the right and not at the left   =>   m = max_pool(p) of one element; y = pad(m)
 
-    At 16 bits, behind an element-wise op, HTP leaves garbage at the right of the rows between."""
-    kind = e.graph.type(node.inputs[0])
-    behind = any(made.output == node.inputs[0] for made in e.nodes)
-    if node.op != "pad" or kind.dtype != "u16" or not behind or node.attrs["pads"][1] or not node.attrs["pads"][3]:
+    At 16 bits HTP leaves garbage at the right of the rows between. Behind layers and pools it does not."""
+    before, kind = e.producer(node), e.graph.type(node.inputs[0])
+    if node.op != "pad" or kind.dtype != "u16" or node.attrs["pads"][1] or not node.attrs["pads"][3]:
+        e.put(node)
+        return
+    if before is None or before.op == "max_pool" or OPS[before.op].numerics == "dot":
         e.put(node)
         return
     one = {"kernel": (1, 1), "stride": (1, 1), "pads": (0, 0, 0, 0)}
@@ -226,13 +233,11 @@ def _pad_behind(e: Editor, node: Node) -> None:
 
 def _clip_relu(e: Editor, node: Node) -> None:
     """y = relu(clip(x))   =>   y = clip(x), from zero on"""
-    before = next((made for made in e.nodes if made.output == node.inputs[0]), None)
-    if (
-        node.op != "relu"
-        or before is None
-        or before.op != "clip"
-        or e.graph.type(node.inputs[0]) != e.graph.type(node.output)
-    ):
+    before = e.producer(node)
+    if node.op != "relu" or before is None or before.op != "clip":
+        e.put(node)
+        return
+    if e.graph.type(node.inputs[0]) != e.graph.type(node.output):
         e.put(node)
         return
     low, high = (max(float(before.attrs[key]), 0.0) for key in ("low_real", "high_real"))
@@ -272,80 +277,78 @@ def _transpose(e: Editor, node: Node) -> None:
     e.put(Node("reshape", (moved,), node.output, {"shape": kind.shape}, node.source))
 
 
-def _is_wrong(node: Node, graph: Graph) -> bool:
-    x, shape = graph.type(node.inputs[0]), graph.type(node.inputs[1]).shape
-    small = x.dtype == "u8" and 2 <= node.attrs["groups"] == x.shape[1] <= 4
-    return small and shape[1:] == (1, 2, 2) and node.attrs["stride"] == (2, 2)
-
-
-def _mixes_rows(node: Node, graph: Graph, producers: Mapping[str, Node]) -> bool:
-    """y: u8 [1, 2g, 8, d] = reshape(requantize(matmul(reshape(a), b) [1, g, 16, d])), g > 1: HTP takes the rows in
-    another order. With other counts of rows or heads, or without either reshape, they are right."""
-    chain = [node]
-    while chain[-1].inputs[0] in producers and len(chain) < 4:
-        chain.append(producers[chain[-1].inputs[0]])
-    if [link.op for link in chain] != ["reshape", "requantize", "matmul", "reshape"]:
-        return False
-    before, after = (graph.type(link.output).shape for link in (chain[2], node))
-    return len(before) == len(after) == 4 and before[1] > 1 and before[2] == 16 and after[1:3] == (2 * before[1], 8)
-
-
-def _never_ends(node: Node, graph: Graph) -> bool:
-    """A 16-bit product whose ratio lies a little above a power of two, from 1/8 on."""
-    if node.op != "mul" or graph.type(node.output).dtype != "u16":
-        return False
-    n = graph.view(node)
-    fraction, exponent = np.frexp(np.float32(n.q(0).scale * n.q(1).scale) / n.q(-1).scale)
-    return bool(exponent >= -2 and 0.5 < fraction < 0.5 + 2.0**-16)
-
-
-def _is_refused(node: Node, graph: Graph) -> bool:
-    w = graph.type(node.inputs[1])
-    return w.dtype == "i4" and w.shape[0] == 1 and len(node.inputs) == 3
-
-
 def refusals(graph: Graph, target: Target) -> list[Reason]:
-    """What is too large for one context; forms of products and convolutions that HTP rejects or computes wrongly."""
-    reasons, producers = [], graph.producers()
-    size = sum(value.type.nbytes for value in graph.constants())
+    """What is too large for one context; forms that HTP rejects, computes wrongly, or never finishes to compile."""
+    reasons, size = [], sum(value.type.nbytes for value in graph.constants())
     if target.context_bytes is not None and size > target.context_bytes:
         why = (
             f"holds {size / 1e9:.2f} GB of constants, one context of the NPU holds {target.context_bytes / 1e9:.2f} GB"
         )
         reasons.append(Reason(graph.name, "graph", why, "narrower weights (w4a16-b32), or fewer layers per model"))
+    producers = graph.producers()
     for node in graph.nodes:
-        if node.op == "reshape" and _mixes_rows(node, graph, producers):
-            why = "HTP mixes up the rows of an 8-bit product for 2 heads of 8 rows each"
-            remedy = "another number of rows (language.chunk), or w4a16-b32"
-            reasons.append(Reason(node.source or node.output, node.op, why, remedy))
-        if node.op == "erf":
-            where = node.source or node.output
-            reasons.append(Reason(where, node.op, "HTP has no kernel for it", "GELU as one op, which it has"))
-        if _never_ends(node, graph):
-            why = "HTP's compiler does not end at this ratio of scales (s_a * s_b / s_y just above a power of two)"
-            reasons.append(Reason(node.source or node.output, node.op, why, "another range of the output"))
-        if OPS[node.op].numerics != "dot":
-            continue
-        if node.op == "conv2d" and _is_wrong(node, graph):
-            why = "HTP computes 8-bit depthwise 2x2 convolutions of stride 2 wrongly for 2 to 4 channels"
-            reasons.append(Reason(node.source or node.output, node.op, why, "a dense convolution, or w8a16"))
-        if node.op == "conv_transpose2d" and _is_refused(node, graph):
-            why = "HTP's compiler takes no bias beside 4-bit weights of one output channel here"
-            reasons.append(Reason(node.source or node.output, node.op, why, "8-bit weights, or no bias"))
-        where, a, b = node.source or node.output, graph.type(node.inputs[0]), graph.type(node.inputs[1])
-        assert b.q is not None
-        if b.q.block is not None and a.dtype == "u8":
-            why = "block-wise weights with 8-bit activations are not offered by HTP"
-            reasons.append(Reason(where, node.op, why, "w4a16 with the same block, or per-channel w4a8"))
-        elif b.q.block is not None and len(node.inputs) > 2:
-            why = "block-wise weights with a bias are computed in float16 by HTP"
-            reasons.append(Reason(where, node.op, why, "per-channel w8a16, or no bias"))
-        if node.op != "matmul":
-            continue
-        if (a.dtype, b.dtype, graph.type(node.output).dtype) == ("u8", "u16", "u8"):
-            reasons.append(Reason(where, node.op, "HTP takes no uint8 x uint16 -> uint8", "a 16-bit result"))
-        wanted = target.second_operand_zero
-        if (a.dtype, b.dtype) == ("u16", "u8") and wanted not in (None, b.q.zero):
-            why = f"the uint8 second operand has zero point {b.q.zero}, HTP computes right results with {wanted} only"
-            reasons.append(Reason(where, node.op, why, "requantize the operand"))
+        n = graph.view(node)
+        found = [*_wrong_layer(n), *_wrong_product(n, target)] if OPS[node.op].numerics == "dot" else []
+        found += _wrong_elsewhere(n, producers)
+        reasons += [Reason(node.source or node.output, node.op, why, remedy) for why, remedy in found]
     return reasons
+
+
+def _wrong_layer(n: NodeView) -> Iterator[tuple[str, str]]:
+    """(why, remedy) of weights and their shapes."""
+    x, w = n.type(0), n.type(1)
+    assert w.q is not None
+    halves = n.node.op == "conv2d" and w.shape[1:] == (1, 2, 2) and n["stride"] == (2, 2)
+    if halves and x.dtype == "u8" and 2 <= n["groups"] == x.shape[1] <= 4:
+        why = "HTP computes 8-bit depthwise 2x2 convolutions of stride 2 wrongly for 2 to 4 channels"
+        yield why, "a dense convolution, or w8a16"
+    if n.node.op == "conv_transpose2d" and w.dtype == "i4" and w.shape[0] == 1 and n.arity == 3:
+        why = "HTP's compiler takes no bias beside 4-bit weights of one output channel here"
+        yield why, "8-bit weights, or no bias"
+    if w.q.block is not None and x.dtype == "u8":
+        why = "block-wise weights with 8-bit activations are not offered by HTP"
+        yield why, "w4a16 with the same block, or per-channel w4a8"
+    elif w.q.block is not None and n.arity > 2:
+        yield "block-wise weights with a bias are computed in float16 by HTP", "per-channel w8a16, or no bias"
+
+
+def _wrong_product(n: NodeView, target: Target) -> Iterator[tuple[str, str]]:
+    """(why, remedy) of the widths and encodings of a matmul."""
+    if n.node.op != "matmul":
+        return
+    widths, wanted = (n.type(0).dtype, n.type(1).dtype), target.second_operand_zero
+    if (*widths, n.out.dtype) == ("u8", "u16", "u8"):
+        yield "HTP takes no uint8 x uint16 -> uint8", "a 16-bit result"
+    if widths == ("u16", "u8") and wanted not in (None, n.zero(1)):
+        why = f"the uint8 second operand has zero point {n.zero(1)}, HTP computes right results with {wanted} only"
+        yield why, "requantize the operand"
+
+
+def _wrong_elsewhere(n: NodeView, producers: Mapping[str, Node]) -> Iterator[tuple[str, str]]:
+    """(why, remedy) of the other ops."""
+    if n.node.op == "erf":
+        yield "HTP has no kernel for it", "GELU as one op, which it has"
+    if n.node.op == "mul" and n.out.dtype == "u16" and _never_ends(n):
+        why = "HTP's compiler does not end at this ratio of scales (s_a * s_b / s_y just above a power of two)"
+        yield why, "another range of the output"
+    if n.node.op == "reshape" and _mixes_rows(n, producers):
+        why = "HTP mixes up the rows of an 8-bit product for 2 heads of 8 rows each"
+        yield why, "another number of rows (language.chunk), or w4a16-b32"
+
+
+def _never_ends(n: NodeView) -> bool:
+    """Whether a 16-bit product's ratio lies a little above a power of two, from 1/8 on."""
+    fraction, exponent = np.frexp(np.float32(n.q(0).scale * n.q(1).scale) / n.q(-1).scale)
+    return bool(exponent >= -2 and 0.5 < fraction < 0.5 + 2.0**-16)
+
+
+def _mixes_rows(n: NodeView, producers: Mapping[str, Node]) -> bool:
+    """y: u8 [1, 2g, 8, d] = reshape(requantize(matmul(reshape(a), b) [1, g, 16, d])), g > 1: HTP takes the rows in
+    another order. With other counts of rows or heads, or without either reshape, they are right."""
+    chain = [n.node]
+    while chain[-1].inputs[0] in producers and len(chain) < 4:
+        chain.append(producers[chain[-1].inputs[0]])
+    if [link.op for link in chain] != ["reshape", "requantize", "matmul", "reshape"]:
+        return False
+    before, after = n.graph.type(chain[2].output).shape, n.out.shape
+    return len(before) == len(after) == 4 and before[1] > 1 and before[2] == 16 and after[1:3] == (2 * before[1], 8)

@@ -18,7 +18,7 @@ import numpy as np
 
 from edgeforge.backends import HTP_EMULATOR, Artifact, Codes, Edit, Step, _htp
 from edgeforge.backends._child import in_child, run_in_child, save_arrays, served
-from edgeforge.backends.executorch_xnnpack import MODEL, method_in, no_transposed, wrong_executorch
+from edgeforge.backends._executorch import MODEL, method_in, no_transposed, wrong_executorch
 from edgeforge.backends.ort_qnn import BACKEND as ORT_QNN
 from edgeforge.errors import Reason
 from edgeforge.ir.graph import Graph, Node

@@ -5,7 +5,6 @@ these run in float between a dequantize and a quantize, and are listed."""
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 
 from edgeforge.backends import HOST, Artifact, Codes, Edit, Step
 from edgeforge.backends._child import in_batches
+from edgeforge.backends._executorch import MODEL, method_in, no_transposed, wrong_executorch
 from edgeforge.backends._log import new_log, redirected, telling_lines
 from edgeforge.errors import BackendFailed, Reason
 from edgeforge.ir.graph import Graph, Node
@@ -22,27 +22,8 @@ from edgeforge.ir.op import LAYERS, OPS
 from edgeforge.ir.types import BITS, NUMPY, TensorType
 from edgeforge.target import Target
 
-MODEL = "model.pte"
-VERSION = "1.5.1"
-
 #: Ops with arithmetic that XNNPACK has 8-bit kernels for.
 INTEGER = {"conv2d", "linear", "add", "sub", "mul", "relu", "clip", "requantize", "reduce_mean"}
-
-
-def no_transposed(node: Node) -> Reason:
-    why = "ExecuTorch's partitioners take no transposed convolution with quantized weights [O, I, KH, KW]"
-    return Reason(node.source or node.output, node.op, why, "resize and convolve, or export with onnx_qdq or ort_qnn")
-
-
-def wrong_executorch() -> str:
-    """What to install when ExecuTorch is absent or of another version, or ""."""
-    try:
-        found = importlib.metadata.version("executorch")
-    except importlib.metadata.PackageNotFoundError:
-        found = "none"
-    if found == VERSION:
-        return ""
-    return f"executorch {VERSION} is needed, found {found} -> pip install 'edgeforge[executorch]'"
 
 
 class ExecutorchXnnpack:
@@ -63,24 +44,20 @@ class ExecutorchXnnpack:
         wide = all(graph.type(node.inputs[0]).dtype == "u16" for node in layers)
         reasons = []
         for node in layers:
-            where, q = node.source or node.output, graph.type(node.inputs[1]).q
+            where, w = node.source or node.output, graph.type(node.inputs[1])
+            assert w.q is not None
             if "dynamic" in node.attrs:
                 continue
-            if q is not None and q.block is not None:
+            if w.q.block is not None:
                 reasons.append(Reason(where, node.op, "block-wise weights do not lower to XNNPACK", "export at w4a8"))
             elif node.op == "conv_transpose2d":
                 reasons.append(no_transposed(node))
-            elif (
-                node.op == "linear"
-                and graph.type(node.inputs[1]).dtype == "i4"
-                and graph.type(node.inputs[1]).shape[1] % 2
-            ):
+            elif node.op == "linear" and w.dtype == "i4" and w.shape[1] % 2:
                 why = "XNNPACK computes 4-bit weights with an odd number of input features wrongly"
                 reasons.append(Reason(where, node.op, why, "export at w8a8"))
             elif wide:
                 why = "XNNPACK has no 16-bit integers, and no other layer reads 8-bit activations"
-                remedy = f"export at w{BITS[graph.type(node.inputs[1]).dtype]}a8"
-                reasons.append(Reason(where, node.op, why, remedy))
+                reasons.append(Reason(where, node.op, why, f"export at w{BITS[w.dtype]}a8"))
         return reasons
 
     def compile(self, graph: Graph, target: Target, folder: Path) -> Artifact:
@@ -129,13 +106,6 @@ class ExecutorchXnnpack:
             return {name: leaving(graph.type(name), y.numpy()) for name, y in named}
 
         yield step
-
-
-def method_in(folder: Path) -> tuple[Path, str]:
-    """The program of an artifact's folder and its method there: the one of a program in it, or, of a program beside
-    it, the one with the folder's name."""
-    own = folder / MODEL
-    return (own, "forward") if own.is_file() else (folder.parent / MODEL, folder.name)
 
 
 def _lower(graphs: Mapping[str, Graph]) -> Any:

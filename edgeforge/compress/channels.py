@@ -7,7 +7,8 @@ embedding) starts as a scale of its own. An array of signed scale numbers, shape
 the graph; numbers that must be equal (or inverse) are tied, and 0 stands for a scale that must stay 1:
 
     moves elements (reshape, transpose, slice, concat, expand)   the op itself runs on the array of numbers
-    f(s x) = s f(x) for s > 0 (relu, neg, pools, means, resizing)numbers pass; those that meet in one result are tied
+    f(s x) = s f(x) for s > 0                                    numbers pass; those that meet in one result are tied
+    (relu, neg, pools, means, resizing)
     add, sub                                                     numbers of both operands are tied (rotary embeddings
                                                                  tie the two channels they rotate)
     mul                                                          numbers of one operand pass, the other's stay 1
