@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from edgeforge.backends import backend
+from edgeforge.dialects.pt2e import SignedModule
 from edgeforge.errors import BackendFailed, InvalidInput
 from edgeforge.frontend.torch import from_module
 from edgeforge.ir.graph import Graph, Node
@@ -177,7 +178,7 @@ def test_xnnpack_computes_the_simulators_integers_quietly_and_reproducibly(
 
 @needs_executorch
 def test_xnnpack_runs_what_is_16_bit_as_float_islands(tmp_path: Path) -> None:
-    """The head, asked for at w8a16, is an island with a 16-bit output; the other linears stay integer."""
+    """The head, asked for at w8a16, has a 16-bit output: it rounds its input itself; the other linears stay integer."""
     graph, integer, ids = decoder(Override(match="*lm_head", precision="w8a16", output="a16"))
     artifact = XNNPACK.compile(integer, TARGET, tmp_path)
     ops = {node.output: node.op for node in integer.nodes}
@@ -193,6 +194,23 @@ def test_xnnpack_runs_what_is_16_bit_as_float_islands(tmp_path: Path) -> None:
     )
     assert found[integer.outputs[0]].dtype == np.uint16
     assert ours is not None and simulated is not None and ours > simulated - 1
+
+
+def test_xnnpack_keeps_integer_weights_beside_16_bit_activations() -> None:
+    """Of linears, and of a table that tokens are looked up in; both were float32 once, four and two times the size."""
+    _, graph, feeds = decoder(Override(match="*lm_head", precision="w8a16", output="a16"))
+    module, users = SignedModule(graph), graph.users()
+    weights = [value for value in graph.constants() if users[value.name][0].op in ("linear", "gather")]
+    assert {"i8", "u16"} <= {value.type.dtype for value in weights}
+    assert any(module.wide(node) for node in graph.nodes if node.op == "linear")
+    for value in (v for v in weights if len(v.type.shape) > 1):
+        assert module.get_buffer(f"c{module.index[value.name]}").nbytes == value.type.nbytes
+    (ids,) = feeds.values()
+    (gather,) = (node for node in graph.nodes if node.op == "gather")
+    table = graph.values[gather.inputs[0]]
+    assert table.data is not None and table.type.q is not None
+    rows = module.walk({graph.inputs[0]: torch.from_numpy(ids)})[gather.output]
+    np.testing.assert_array_equal(rows.numpy(), table.type.q.dequantize(table.data[ids]))
 
 
 def test_xnnpack_refuses_16_bit_layers_where_no_other_is_8_bit() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -121,8 +122,24 @@ def _lower(graphs: Mapping[str, Graph]) -> Any:
     programs = {method: export(module, example_inputs(module), strict=False) for method, module in modules.items()}
     partitioners = {method: [XnnpackPartitioner()] for method in graphs}
     config = EdgeCompileConfig(_check_ir_validity=False)
-    edge = to_edge_transform_and_lower(programs, partitioner=partitioners, compile_config=config)
-    return edge.to_executorch()
+    with _constants_once():
+        edge = to_edge_transform_and_lower(programs, partitioner=partitioners, compile_config=config)
+        return edge.to_executorch()
+
+
+@contextmanager
+def _constants_once() -> Iterator[None]:
+    """ExecuTorch copies programs deeply, several times, with their constants, which nothing writes to: copies share
+    them here, or a model of a billion parameters would take a dozen gigabytes."""
+    import torch
+
+    copy = torch.Tensor.__deepcopy__
+
+    def shared(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
+        return tensor if type(tensor) is torch.Tensor else copy(tensor, memo)
+
+    with patch.object(torch.Tensor, "__deepcopy__", shared):
+        yield
 
 
 def islands(graph: Graph) -> tuple[str, ...]:
@@ -147,7 +164,7 @@ def _edits(graph: Graph) -> tuple[Edit, ...]:
         Edit("biases", "float32 constants", "XNNPACK takes its biases as floats"),
     ]
     if any(value.type.dtype == "u16" for value in graph.values.values()):
-        what = "float32, neither rounded nor saturated; so are the weights of layers that read or make them"
+        what = "float32, neither rounded nor saturated; linears beside them round their input to int8, per token"
         edits.append(Edit("16-bit activations", what, "XNNPACK has no 16-bit integers"))
     for name in (*graph.inputs, *graph.outputs):
         if graph.type(name).dtype == "u16":

@@ -18,8 +18,8 @@ from edgeforge.ir.op import BIAS, OPS, WEIGHT
 from edgeforge.ir.types import RANGE, TensorType, Value
 
 QD = torch.ops.quantized_decomposed
-#: XNNPACK computes on signed codes: uint8 codes - 128.
-OFFSET = 128
+#: XNNPACK computes on signed codes: uint8 codes - 128. 16-bit tables are kept so too.
+OFFSET, OFFSET_16 = 1 << 7, 1 << 15
 
 #: quant_min, quant_max and dtype of a tensor's codes, as the dialect declares them.
 Codes = tuple[int, int, torch.dtype]
@@ -55,9 +55,13 @@ class _Module(nn.Module):
 
     def compute(self, node: Node, known: dict[str, torch.Tensor]) -> torch.Tensor:
         operands = [self.real(node, i, known) for i in range(len(node.inputs))]
-        if "dynamic" in node.attrs:
+        if self.dynamic(node):
             operands[0] = _per_token(operands[0])
         return self.quantize(node.output, self.clamp(node, _plain(self.graph, node, operands)))
+
+    def dynamic(self, node: Node) -> bool:
+        """Whether a node rounds its input as it comes."""
+        return "dynamic" in node.attrs
 
     def real(self, node: Node, i: int, known: dict[str, torch.Tensor]) -> torch.Tensor:
         """Input ``i`` of a node as the float op reads it."""
@@ -109,8 +113,9 @@ class _Module(nn.Module):
 
 class SignedModule(_Module):
     """For XNNPACK: 8-bit activations as int8 (codes - 128), inputs and outputs too, biases as floats. It has no 16-bit
-    integers: such values stay float, unrounded, from the node that makes them to those that read them, and so do the
-    weights of layers that read or make them."""
+    integers: such values stay float, unrounded, from the node that makes them to those that read them. A linear that
+    reads or makes them keeps its integer weights and rounds its input to int8 as it comes, a range per token; of other
+    layers the weights are floats."""
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         known = self.walk(dict(zip(self.graph.inputs, inputs, strict=True)))
@@ -120,7 +125,19 @@ class SignedModule(_Module):
         if node.op != "gather":
             return super().compute(node, known)
         # Rows of codes: the runtime's embedding takes any dtype, and no dequantize is left outside the delegates.
-        return _plain(self.graph, node, [getattr(self, f"c{self.index[node.inputs[0]]}"), known[node.inputs[1]]])
+        rows = _plain(self.graph, node, [getattr(self, f"c{self.index[node.inputs[0]]}"), known[node.inputs[1]]])
+        if rows.dtype != torch.int16:
+            return rows
+        q = self.graph.type(node.output).q
+        assert q is not None
+        return (rows.to(torch.float32) + float(OFFSET_16 - q.zero)) * float(q.scale)
+
+    def dynamic(self, node: Node) -> bool:
+        return super().dynamic(node) or (node.op == "linear" and self.wide(node))
+
+    def wide(self, node: Node) -> bool:
+        """Whether a node reads or makes 16-bit activations."""
+        return any(self.graph.type(name).dtype == "u16" for name in (node.inputs[0], node.output))
 
     def codes(self, kind: TensorType) -> Codes | None:
         return (-128, 127, torch.int8) if kind.dtype == "u8" else None
@@ -131,14 +148,15 @@ class SignedModule(_Module):
 
     def stored(self, value: Value) -> torch.Tensor:
         assert value.data is not None
-        kind = value.type
-        layers = [name for node in self.users[value.name] for name in (node.inputs[0], node.output)]
-        wide = any(self.graph.type(name).dtype == "u16" for name in layers)
-        if kind.dtype in ("i32", "u16") or (wide and kind.dtype in ("i8", "i4")):
-            assert kind.q is not None
-            return torch.from_numpy(kind.q.dequantize(value.data))
+        kind, users = value.type, self.users[value.name]
         if kind.dtype == "u8":
             return torch.from_numpy(signed(value.data))
+        if kind.dtype == "u16" and all(node.op == "gather" for node in users):
+            return torch.from_numpy((value.data.astype(np.int32) - OFFSET_16).astype(np.int16))
+        floats = any(self.wide(node) and node.op != "linear" for node in users)
+        if kind.dtype in ("i32", "u16") or (floats and kind.dtype in ("i8", "i4")):
+            assert kind.q is not None
+            return torch.from_numpy(kind.q.dequantize(value.data))
         return torch.from_numpy(value.data.copy())
 
 
