@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from edgeforge.backends import backend
+from edgeforge.backends._contexts import constant_bytes
 from edgeforge.dialects.pt2e import SignedModule
 from edgeforge.errors import BackendFailed, InvalidInput
 from edgeforge.frontend.torch import from_module
@@ -155,6 +156,19 @@ def test_qnn_names_the_release_that_serves_both_runtimes(monkeypatch: pytest.Mon
     assert "pip install onnxruntime-qnn==2.5.0" in QNN.missing()
     versions["executorch"] = "1.6.0"
     assert "executorch 1.5.1 is needed, found 1.6.0" in QNN.missing()
+
+
+@needs_qnn
+def test_several_contexts_compute_as_one(tmp_path: Path) -> None:
+    _, graph, real = convolutions()
+    target = TARGET.model_copy(update={"context_bytes": constant_bytes(graph) // 2})
+    artifact = ORT_QNN.compile(graph, target, tmp_path)
+    contexts = sorted({file.partition("/")[0] for file in artifact.files})
+    assert len(contexts) > 1 and artifact.notes == (f"to be run one after another: {', '.join(contexts)}",)
+    codes = quantize_feeds(graph, real)
+    (expected,) = simulate(graph, codes).values()
+    assert np.array_equal(ORT_QNN.run(tmp_path, graph, target, codes)[graph.outputs[0]], expected)
+    assert QNN.refusals(graph, target)
 
 
 # ------------------------------------------------------------------------------------------------------------ XNNPACK

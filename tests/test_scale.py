@@ -10,14 +10,17 @@ import pytest
 import torch
 
 from edgeforge import backends
-from edgeforge.backends import _htp
+from edgeforge.backends._contexts import constant_bytes, split
 from edgeforge.conformance.cases import make_case
 from edgeforge.dialects import onnx as dialect
 from edgeforge.frontend import huggingface
+from edgeforge.ir.types import NUMPY
+from edgeforge.ir.verify import verify
 from edgeforge.llm.export import calibration_tokens
 from edgeforge.llm.quantize import quantize_language
 from edgeforge.models import load_model
 from edgeforge.pipeline import read_recipe
+from edgeforge.sim.evaluate import simulate
 from edgeforge.target import load_target
 
 TINYLM = Path(__file__).parents[1] / "models" / "tinylm"
@@ -56,24 +59,59 @@ def test_a_large_tensor_becomes_aligned_float32_in_a_mapped_file(dtype, monkeypa
     assert huggingface.as_float32(aligned) is aligned
 
 
-def test_prefill_and_decode_hold_one_copy_of_each_constant():
+@pytest.fixture(scope="module")
+def language():
+    """tinylm's integer prefill and decode graphs."""
     model, target = load_model(str(TINYLM), traced=False), load_target("snapdragon-8-gen-3")
     recipe = read_recipe(model, None, "w8a8", SHORT)
     parts, _ = quantize_language(model.language, recipe, target, calibration_tokens(model, recipe, "random")[0])
-    prefill, decode = (parts[name].graph.values for name in ("prefill", "decode"))
+    return {name: part.graph for name, part in parts.items()}
+
+
+def test_prefill_and_decode_hold_one_copy_of_each_constant(language):
+    prefill, decode = (language[name].values for name in ("prefill", "decode"))
     shared = [name for name in prefill if prefill[name].const and name in decode]
     assert any("embed" in name for name in shared) and any("down_proj" in name for name in shared)
     assert all(prefill[name].data is decode[name].data for name in shared if prefill[name].data.size > 1000)
 
 
-def test_a_model_that_no_context_holds_is_refused_with_both_sizes():
+def test_what_one_context_cannot_hold_is_refused_with_both_sizes_where_it_cannot_be_split():
     graph = make_case("linear", "w8a8", 1, 2).graph
     size = sum(value.type.nbytes for value in graph.constants())
     target = load_target("snapdragon-8-gen-3")
-    assert target.context_bytes == 2**32 and not _htp.refusals(graph, target)
-    (reason,) = _htp.refusals(graph, target.model_copy(update={"context_bytes": size - 1}))
-    assert "GB of constants, one context of the NPU holds" in reason.why and "narrower weights" in reason.remedy
-    assert not _htp.refusals(graph, target.model_copy(update={"context_bytes": size}))
+    assert target.context_bytes == 2**32
+    for name in ("ort_qnn", "executorch_qnn"):
+        chosen = backends.backend(name)
+        assert not chosen.refusals(graph, target)
+        (reason,) = chosen.refusals(graph, target.model_copy(update={"context_bytes": size - 1}))
+        assert "GB of constants, one context of the NPU holds" in reason.why and "narrower weights" in reason.remedy
+        assert not chosen.refusals(graph, target.model_copy(update={"context_bytes": size}))
+
+
+@pytest.mark.parametrize("share", [0.7, 0.3, 0.12])
+def test_parts_fit_their_contexts_and_compute_the_same(language, share):
+    graph = language["decode"]
+    most = int(share * constant_bytes(graph))
+    parts = split(graph, most)
+    assert len(parts) > 1 and all(constant_bytes(part) <= most for part in parts.values())
+    feeds = {name: np.zeros(graph.type(name).shape, NUMPY[graph.type(name).dtype]) for name in graph.inputs}
+    known = dict(feeds)
+    for part in parts.values():
+        known |= simulate(verify(part), {name: known[name] for name in part.inputs})
+    for name, codes in simulate(graph, feeds).items():
+        np.testing.assert_array_equal(known[name], codes)
+
+
+def test_layers_are_cut_apart_at_the_residual_stream(language):
+    graph = language["prefill"]
+    _, *later = split(graph, int(0.3 * constant_bytes(graph))).values()
+    (table,) = (
+        graph.values[node.inputs[0]] for node in graph.nodes if node.op == "gather" and "embed" in node.inputs[0]
+    )
+    for part in later:
+        carried = [graph.type(name) for name in part.inputs if name not in graph.inputs]
+        wide = [kind for kind in carried if kind.shape[-1] == table.type.shape[1]]
+        assert len(wide) == 1 and sum(kind.nbytes for kind in carried) < 2 * wide[0].nbytes  # the others: RoPE's
 
 
 def test_sums_of_weights_bound_the_accumulator_exactly():

@@ -278,13 +278,8 @@ def _transpose(e: Editor, node: Node) -> None:
 
 
 def refusals(graph: Graph, target: Target) -> list[Reason]:
-    """What is too large for one context; forms that HTP rejects, computes wrongly, or never finishes to compile."""
-    reasons, size = [], sum(value.type.nbytes for value in graph.constants())
-    if target.context_bytes is not None and size > target.context_bytes:
-        why = (
-            f"holds {size / 1e9:.2f} GB of constants, one context of the NPU holds {target.context_bytes / 1e9:.2f} GB"
-        )
-        reasons.append(Reason(graph.name, "graph", why, "narrower weights (w4a16-b32), or fewer layers per model"))
+    """Forms that HTP rejects, computes wrongly, or never finishes to compile."""
+    reasons = []
     producers = graph.producers()
     for node in graph.nodes:
         n = graph.view(node)

@@ -18,6 +18,7 @@ import numpy as np
 
 from edgeforge.backends import HTP_EMULATOR, Artifact, Codes, Edit, Step, _htp
 from edgeforge.backends._child import in_child, run_in_child, save_arrays, served
+from edgeforge.backends._contexts import too_large
 from edgeforge.backends._executorch import MODEL, method_in, no_transposed, wrong_executorch
 from edgeforge.backends.ort_qnn import BACKEND as ORT_QNN
 from edgeforge.errors import Reason
@@ -43,7 +44,7 @@ class ExecutorchQnn:
 
     def refusals(self, graph: Graph, target: Target) -> list[Reason]:
         transposed = [no_transposed(node) for node in graph.nodes if node.op == "conv_transpose2d"]
-        return _htp.refusals(graph, target) + transposed
+        return too_large(graph, target) + _htp.refusals(graph, target) + transposed
 
     def prepare(self, graph: Graph, target: Target) -> tuple[Graph, tuple[Edit, ...]]:
         """The graph in the forms that ExecuTorch's lowering and HTP take, and what was changed."""

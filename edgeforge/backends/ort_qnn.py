@@ -1,7 +1,7 @@
 """ort_qnn: Qualcomm's HTP through ONNX Runtime's QNN execution provider; here on the emulator that comes with it.
 
 The artifact is the QDQ model and what Qualcomm's compiler made of it: an EPContext model that names a context binary
-for the target's chipset."""
+for the target's chipset; several of each where one context cannot hold the weights."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import platform
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from edgeforge.backends import HTP_EMULATOR, Artifact, Codes, Edit, Step, _htp, apart
-from edgeforge.backends._child import in_child, run_in_child, served
-from edgeforge.errors import BackendFailed, Reason
+from edgeforge.backends._child import in_batches, in_child, run_in_child, served
+from edgeforge.backends._contexts import split, too_large
+from edgeforge.errors import BackendFailed, InvalidInput, Reason
 from edgeforge.ir.graph import Graph
 from edgeforge.target import Target
 
@@ -59,13 +60,19 @@ class OrtQnn:
         return self.missing()
 
     def refusals(self, graph: Graph, target: Target) -> list[Reason]:
-        return _htp.refusals(graph, target)
+        parts = split(graph, target.context_bytes).values()
+        return [reason for part in parts for reason in too_large(part, target)] + _htp.refusals(graph, target)
 
     def prepare(self, graph: Graph, target: Target) -> tuple[Graph, tuple[Edit, ...]]:
         """The graph in the forms that HTP computes in integers, and what was changed."""
         return _htp.prepare(graph, target)
 
     def compile(self, graph: Graph, target: Target, folder: Path) -> Artifact:
+        """Into as many contexts as hold the graph's constants, ``folder/context1`` and so on where it is not one."""
+        parts = split(graph, target.context_bytes)
+        if len(parts) > 1:
+            made = apart(self, parts, target, folder)
+            return replace(made, notes=(*made.notes, f"to be run one after another: {', '.join(parts)}"))
         assert target.soc is not None
         prepared, edits = self.prepare(graph, target)
         files = write_model(prepared, folder)
@@ -84,6 +91,8 @@ class OrtQnn:
         made = apart(self, graphs, target, folder)
         if not shared:
             return made
+        if any(len(split(graph, target.context_bytes)) > 1 for graph in graphs.values()):
+            raise InvalidInput(f"{self.name}: no single context holds the weights -> language.shared_context=false")
         assert target.soc is not None
         place = folder / SHARED
         place.mkdir()
@@ -94,26 +103,36 @@ class OrtQnn:
         return replace(made, files=(*made.files, *files), notes=(*made.notes, f"{SHARED}/ {_htp.NOT_RUN}"))
 
     def run(self, folder: Path, graph: Graph, target: Target, feeds: Codes) -> dict[str, np.ndarray]:
-        return self._run(folder / CONTEXT, graph, target, feeds)
+        sizes = {name: graph.type(name).shape[0] for name in graph.inputs}
+        with self.opened(folder, graph, target) as step:
+            return in_batches(step, sizes, feeds)
 
     @contextmanager
     def opened(self, folder: Path, graph: Graph, target: Target, threads: int | None = None) -> Iterator[Step]:
         assert target.soc is not None
-        request = {"model": str(folder / CONTEXT), "soc": target.soc.model, "options": OPTIONS}
-        with served(self.name, WORKER, {"action": "serve", **request}) as step:
+        request = {"action": "serve", "soc": target.soc.model, "options": OPTIONS}
+        with ExitStack() as stack:
+            steps = []
+            for place, part in split(graph, target.context_bytes).items():
+                model = {"model": str(folder / place / CONTEXT)}
+                steps.append((part, stack.enter_context(served(self.name, WORKER, {**request, **model}))))
+
+            def step(feeds: Codes) -> dict[str, np.ndarray]:
+                known = dict(feeds)
+                for part, run in steps:
+                    known |= run({name: known[name] for name in part.inputs})
+                return {name: known[name] for name in graph.outputs}
+
             yield step
 
     def evaluate(self, graph: Graph, target: Target, feeds: Codes) -> dict[str, np.ndarray]:
         """Output codes of ``graph`` without an artifact: one session compiles and runs the QDQ model."""
+        assert target.soc is not None
         with tempfile.TemporaryDirectory(prefix="edgeforge-") as folder:
             write_model(self.prepare(graph, target)[0], Path(folder))
-            return self._run(Path(folder) / MODEL, graph, target, feeds)
-
-    def _run(self, model: Path, graph: Graph, target: Target, feeds: Codes) -> dict[str, np.ndarray]:
-        assert target.soc is not None
-        sizes = {name: graph.type(name).shape[0] for name in graph.inputs}
-        request = {"model": str(model), "soc": target.soc.model, "options": OPTIONS, "sizes": sizes}
-        return run_in_child(self.name, WORKER, {"action": "run", **request}, feeds)
+            sizes = {name: graph.type(name).shape[0] for name in graph.inputs}
+            model = {"model": f"{folder}/{MODEL}", "soc": target.soc.model, "options": OPTIONS, "sizes": sizes}
+            return run_in_child(self.name, WORKER, {"action": "run", **model}, feeds)
 
 
 def write_model(prepared: Graph, folder: Path) -> tuple[str, ...]:
