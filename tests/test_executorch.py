@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from edgeforge.backends import backend
-from edgeforge.backends._contexts import constant_bytes
+from edgeforge.backends._contexts import NOT_SHARED, constant_bytes
 from edgeforge.dialects.pt2e import SignedModule
 from edgeforge.errors import BackendFailed, InvalidInput
 from edgeforge.frontend.torch import from_module
@@ -169,6 +169,17 @@ def test_several_contexts_compute_as_one(tmp_path: Path) -> None:
     (expected,) = simulate(graph, codes).values()
     assert np.array_equal(ORT_QNN.run(tmp_path, graph, target, codes)[graph.outputs[0]], expected)
     assert QNN.refusals(graph, target)
+
+
+@needs_qnn
+def test_graphs_that_one_context_cannot_hold_together_become_programs_of_their_own(tmp_path: Path) -> None:
+    _, graph, real = convolutions()
+    target = TARGET.model_copy(update={"context_bytes": constant_bytes(graph) * 3 // 2})
+    artifact = QNN.compile_together({"prefill": graph, "decode": graph}, target, tmp_path, True)
+    assert artifact.files == ("prefill/model.pte", "decode/model.pte") and artifact.notes == (NOT_SHARED,)
+    codes = quantize_feeds(graph, real)
+    (expected,) = simulate(graph, codes).values()
+    assert np.array_equal(QNN.run(tmp_path / "decode", graph, target, codes)[graph.outputs[0]], expected)
 
 
 # ------------------------------------------------------------------------------------------------------------ XNNPACK

@@ -8,6 +8,8 @@ from edgeforge.errors import Reason
 from edgeforge.ir.graph import Graph, Node
 from edgeforge.target import Target
 
+NOT_SHARED = "no context that prefill and decode share: none can hold both"
+
 
 def split(graph: Graph, most: int | None) -> dict[str, Graph]:
     """``graph`` alone, by the name "", where its constants take at most ``most`` bytes; else parts to run one after

@@ -11,14 +11,15 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgeforge.backends import HTP_EMULATOR, Artifact, Codes, Edit, Step, _htp
+from edgeforge.backends import HTP_EMULATOR, Artifact, Codes, Edit, Step, _htp, apart
 from edgeforge.backends._child import in_child, run_in_child, save_arrays, served
-from edgeforge.backends._contexts import too_large
+from edgeforge.backends._contexts import NOT_SHARED, constant_bytes, too_large
 from edgeforge.backends._executorch import MODEL, method_in, no_transposed, wrong_executorch
 from edgeforge.backends.ort_qnn import BACKEND as ORT_QNN
 from edgeforge.errors import Reason
@@ -59,13 +60,18 @@ class ExecutorchQnn:
         return self.compile_together({"": graph}, target, folder, False)
 
     def compile_together(self, graphs: Mapping[str, Graph], target: Target, folder: Path, shared: bool) -> Artifact:
-        """One program with a method of each graph's part; ``shared``: another that holds their weights once."""
+        """One program with a method of each graph's part, all in one context; a program each where that cannot hold
+        them. ``shared``: another that holds their weights once."""
+        most = target.context_bytes
+        if len(graphs) > 1 and most is not None and sum(map(constant_bytes, graphs.values())) > most:
+            made = apart(self, graphs, target, folder)
+            return replace(made, notes=(*made.notes, NOT_SHARED)) if shared else made
         assert target.soc is not None
-        made = {part: self.prepare(graph, target) for part, graph in graphs.items()}
+        forms = {part: self.prepare(graph, target) for part, graph in graphs.items()}
         programs = {MODEL: False, SHARED: True} if shared else {MODEL: False}
         with tempfile.TemporaryDirectory(prefix="edgeforge-") as place, qnn_sdk() as environment:
             files = {}
-            for part, (prepared, _) in made.items():
+            for part, (prepared, _) in forms.items():
                 named = {"graph": f"{place}/{part}.txt", "arrays": f"{place}/{part}.npz"}
                 Path(named["graph"]).write_text(print_graph(prepared))
                 save_arrays(named["arrays"], tensors(prepared))
@@ -74,7 +80,7 @@ class ExecutorchQnn:
             for name, once in programs.items():
                 pte = {"pte": str(folder / name), "shared": once}
                 in_child(self.name, WORKER, {**request, **pte}, environment)
-        edits = tuple(dict.fromkeys(edit for _, edits in made.values() for edit in edits))
+        edits = tuple(dict.fromkeys(edit for _, edits in forms.values() for edit in edits))
         notes = (f"{SHARED} {_htp.NOT_RUN}",) if shared else ()
         return Artifact(tuple(programs), options={"soc_model": target.soc.name}, edits=edits, notes=notes)
 

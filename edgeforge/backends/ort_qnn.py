@@ -19,8 +19,8 @@ import numpy as np
 
 from edgeforge.backends import HTP_EMULATOR, Artifact, Codes, Edit, Step, _htp, apart
 from edgeforge.backends._child import in_batches, in_child, run_in_child, served
-from edgeforge.backends._contexts import split, too_large
-from edgeforge.errors import BackendFailed, InvalidInput, Reason
+from edgeforge.backends._contexts import NOT_SHARED, split, too_large
+from edgeforge.errors import BackendFailed, Reason
 from edgeforge.ir.graph import Graph
 from edgeforge.target import Target
 
@@ -92,7 +92,7 @@ class OrtQnn:
         if not shared:
             return made
         if any(len(split(graph, target.context_bytes)) > 1 for graph in graphs.values()):
-            raise InvalidInput(f"{self.name}: no single context holds the weights -> language.shared_context=false")
+            return replace(made, notes=(*made.notes, NOT_SHARED))
         assert target.soc is not None
         place = folder / SHARED
         place.mkdir()
