@@ -102,6 +102,15 @@ def test_an_onnx_model_is_compiled_linked_and_run_on_two_devices_at_once(server,
     assert set(server.uploads.values()) == {1} and len(server.uploads) == 2  # the model, the inputs
 
 
+def test_several_contexts_are_not_uploaded(bundle):
+    place, manifest = bundle.path / "artifacts" / "ort_qnn", bundle.path / "manifest.json"
+    (place / "context1").mkdir()
+    (place / "model_ctx_qnn.bin").rename(place / "context1" / "model_ctx_qnn.bin")
+    manifest.write_text(manifest.read_text().replace("ort_qnn/model_ctx", "ort_qnn/context1/model_ctx"))
+    with pytest.raises(InvalidInput, match="several contexts are not uploaded -> bench --on host"):
+        hub.plan(load_bundle(bundle.path), ("ort_qnn",))
+
+
 @pytest.mark.parametrize("fault", [None, Fault(r"POST /form/\w+", "truncate"), Fault(r"PUT /blob/\w+/\d+", "truncate")])
 def test_no_temporary_file_is_left(server, bundle, tmp_path, monkeypatch, fault):
     (tmp_path / "temporary").mkdir()

@@ -84,6 +84,8 @@ def plan(bundle: Bundle, artifacts: Sequence[str], compile_only: bool = False) -
         file = bundle.artifact(artifact) / name
         if file.with_name(f"{name}.data").is_file():
             raise InvalidInput(f"{artifact}: weights in a file of their own are not uploaded -> --backend ort_qnn")
+        if not file.is_file():
+            raise InvalidInput(f"{artifact}: its several contexts are not uploaded -> bench --on host")
         sha256 = bundle.manifest.sha256[file.relative_to(bundle.path).as_posix()]
         found.append(Upload(artifact, file, sha256, file.stat().st_size, steps))
     return found
