@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,14 @@ from edgeforge.measured import measure
 from edgeforge.models import Model, call, load_model
 from edgeforge.passes import optimize
 from edgeforge.progress import track
-from edgeforge.quantize.assign import assign, bits
+from edgeforge.quantize.assign import Plan, assign, bits
 from edgeforge.quantize.calibrate import Range, calibrate
 from edgeforge.quantize.convert import convert
 from edgeforge.quantize.correct import correct_biases
 from edgeforge.quantize.gptq import gptq
 from edgeforge.quantize.keep import plan_from
-from edgeforge.recipe import Precision, Recipe
+from edgeforge.quantize.layerwise import Batches, choose_layerwise
+from edgeforge.recipe import LAYERWISE, Precision, Recipe
 from edgeforge.report.text import bundle_readme, quantization_report
 from edgeforge.sim.evaluate import dequantize_outputs, quantize_feeds, run_float, simulate
 from edgeforge.sim.parity import sqnr_db
@@ -97,13 +99,22 @@ def quantize(model: Model, recipe: Recipe, target: Target, data: Dataset, requan
         graph, plan = train(graph, plan, recipe.train, target, samples)
 
     def rounded(graph: Graph) -> Graph:
-        chosen = gptq(graph, plan, _Batches(samples), scales) if recipe.weights == "gptq" else (graph, plan)
-        return convert(*chosen, target, scales)
+        return convert(*round_weights(graph, plan, recipe.weights, _Batches(samples), scales), target, scales)
 
     quantized = rounded(graph)
-    if recipe.bias_correction:
+    if recipe.bias_correction and recipe.weights not in LAYERWISE:
         quantized = rounded(correct_biases(graph, quantized, data.head(recipe.bias_correction).stacked()))
     return quantized
+
+
+def round_weights(graph: Graph, plan: Plan, method: str, batches: Batches, scales: str) -> tuple[Graph, Plan]:
+    """``graph`` and ``plan`` with the weights that a method (`Recipe.weights`) chooses on data."""
+    if method == "gptq":
+        return gptq(graph, plan, batches, scales)
+    if method in LAYERWISE:
+        choose = importlib.import_module(f"edgeforge.quantize.{method}").choose
+        return choose_layerwise(graph, plan, batches, choose)
+    return graph, plan
 
 
 def ranges_of(graph: Graph, recipe: Recipe, data: Dataset, widths: Mapping[str, int]) -> dict[str, Range]:

@@ -47,6 +47,8 @@ HEAVY = {
         "dialects/pt2e",
         "sim/",
         "quantize/correct",
+        "quantize/layerwise",
+        "quantize/adaround",
         "compress/",
         "conformance/cases",
         "backends/_executorch",
