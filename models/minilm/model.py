@@ -76,13 +76,13 @@ def encode(sentences: list[str]) -> dict[str, np.ndarray]:
     return {"ids": ids, "mask": mask[:, None, None], "pool": (used / lengths).astype(np.float32)[:, None]}
 
 
-def calibration() -> dict[str, np.ndarray]:
-    """Sentences of WikiText-2's validation text, 256 of them evenly spaced."""
+def calibration(draw: int = 0, count: int = 256) -> dict[str, np.ndarray]:
+    """``count`` sentences of WikiText-2's validation text; ``draw`` is the seed."""
     file = Path(os.environ.get("EDGEFORGE_DATA", "")) / "text_wikitext2" / "wikitext2.valid.txt"
     if not file.is_file():
         raise InvalidInput("minilm: no text_wikitext2/wikitext2.valid.txt -> set EDGEFORGE_DATA to the data folder")
     found = sentences(file.read_text("utf-8"))
-    return encode(found[:: len(found) // 256][:256])
+    return encode([found[i] for i in np.random.default_rng(draw).choice(len(found), count, replace=False)])
 
 
 def sentences(text: str) -> list[str]:
