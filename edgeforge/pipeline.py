@@ -42,7 +42,7 @@ from edgeforge.quantize.convert import convert
 from edgeforge.quantize.correct import correct_biases
 from edgeforge.quantize.gptq import gptq
 from edgeforge.quantize.keep import plan_from
-from edgeforge.quantize.layerwise import Batches, choose_layerwise
+from edgeforge.quantize.layerwise import choose_layerwise
 from edgeforge.recipe import LAYERWISE, Precision, Recipe
 from edgeforge.report.text import bundle_readme, quantization_report
 from edgeforge.sim.evaluate import dequantize_outputs, quantize_feeds, run_float, simulate
@@ -88,6 +88,8 @@ def quantize(model: Model, recipe: Recipe, target: Target, data: Dataset, requan
         raise InvalidInput(f"{recipe.precision} is offered for language models with a cache -> --precision w4a8")
     if model.imported.encodings and not requantize:
         return convert(graph, plan_from(model.imported, recipe, target), target)
+    if recipe.finetune is not None and recipe.weights not in LAYERWISE:
+        raise InvalidInput(f"finetune follows a layer-by-layer method -> weights: {' | '.join(LAYERWISE)}")
     samples = data.head(recipe.calibration.samples)
     graph = compress(graph, recipe, target, samples)
     plan = assign(graph, ranges_of(graph, recipe, samples, bits(graph, recipe, target)), recipe, target)
@@ -99,7 +101,7 @@ def quantize(model: Model, recipe: Recipe, target: Target, data: Dataset, requan
         graph, plan = train(graph, plan, recipe.train, target, samples)
 
     def rounded(graph: Graph) -> Graph:
-        return convert(*round_weights(graph, plan, recipe.weights, _Batches(samples), scales), target, scales)
+        return convert(*round_weights(graph, plan, recipe, samples, scales), target, scales)
 
     quantized = rounded(graph)
     if recipe.bias_correction and recipe.weights not in LAYERWISE:
@@ -107,14 +109,19 @@ def quantize(model: Model, recipe: Recipe, target: Target, data: Dataset, requan
     return quantized
 
 
-def round_weights(graph: Graph, plan: Plan, method: str, batches: Batches, scales: str) -> tuple[Graph, Plan]:
-    """``graph`` and ``plan`` with the weights that a method (`Recipe.weights`) chooses on data."""
-    if method == "gptq":
-        return gptq(graph, plan, batches, scales)
-    if method in LAYERWISE:
-        choose = importlib.import_module(f"edgeforge.quantize.{method}").choose
-        return choose_layerwise(graph, plan, batches, choose)
-    return graph, plan
+def round_weights(graph: Graph, plan: Plan, recipe: Recipe, data: Dataset, scales: str) -> tuple[Graph, Plan]:
+    """``graph`` and ``plan`` with the weights that the recipe's method chooses on data, and what `finetune` learned."""
+    if recipe.weights == "gptq":
+        return gptq(graph, plan, _Batches(data), scales)
+    if recipe.weights not in LAYERWISE:
+        return graph, plan
+    choose = importlib.import_module(f"edgeforge.quantize.{recipe.weights}").choose
+    chosen = choose_layerwise(graph, plan, _Batches(data), choose)
+    if recipe.finetune is None:
+        return chosen
+    from edgeforge.quantize.finetune import finetune
+
+    return finetune(*chosen, graph, recipe.finetune, data)
 
 
 def ranges_of(graph: Graph, recipe: Recipe, data: Dataset, widths: Mapping[str, int]) -> dict[str, Range]:

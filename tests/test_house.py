@@ -49,6 +49,7 @@ HEAVY = {
         "quantize/correct",
         "quantize/layerwise",
         "quantize/adaround",
+        "quantize/finetune",
         "compress/",
         "conformance/cases",
         "backends/_executorch",

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from edgeforge.data import from_arrays
+from edgeforge.errors import InvalidInput
 from edgeforge.frontend import Imported
 from edgeforge.frontend.torch import from_module
 from edgeforge.ir.graph import Graph
@@ -57,25 +61,36 @@ def images(count: int, seed: int) -> np.ndarray:
     return np.kron(coarse, np.ones((1, 1, 3, 3))).astype(np.float32)
 
 
-def output_sqnr(weights: str) -> float:
-    from edgeforge.data import from_arrays
-
+def outputs(weights: str, **more: object) -> tuple[np.ndarray, np.ndarray]:
+    """Of the float and the integer network, on images that were not calibrated on."""
     graph = bottleneck()
     (name,) = graph.inputs
-    recipe = Recipe.model_validate({"precision": "w4a8", "weights": weights})
+    recipe = Recipe.model_validate({"precision": "w4a8", "weights": weights, **more})
     data = from_arrays("images", {name: images(64, 0)}, graph)
-    integer = quantize(Model("bottleneck", Imported(graph), None), recipe, TARGET, data)
+    integer = quantize(Model("bottleneck", Imported(graph), Path()), recipe, TARGET, data)
     feeds = {name: images(64, 1)}
     codes = simulate(integer, quantize_feeds(integer, feeds))
     assert {integer.type(n.inputs[1]).dtype for n in integer.nodes if n.op in ("conv2d", "linear")} == {"i4"}
     real = dequantize_outputs(integer, codes)
-    return sqnr_db(run_float(graph, feeds)[graph.outputs[0]], real[graph.outputs[0]])
+    return run_float(graph, feeds)[graph.outputs[0]], real[graph.outputs[0]]
 
 
 @pytest.mark.parametrize(("method", "gain"), [("gptq", 1), ("seqmse", 1), ("gptaq", 4), ("adaround", 4)])
 def test_each_method_is_better_than_nearest_rounding_on_unseen_images(method, gain, monkeypatch):
     monkeypatch.setattr(adaround, "STEPS", 200)
-    assert output_sqnr(method) > output_sqnr("minmax") + gain
+    assert sqnr_db(*outputs(method)) > sqnr_db(*outputs("minmax")) + gain
+
+
+def test_fine_tuning_brings_logits_nearer_still_and_wants_a_layerwise_method():
+    steps = {"finetune": {"steps": 80, "batch": 16, "scale_rate": 3e-3, "bias_rate": 3e-2}}
+
+    def divergence(wanted: np.ndarray, found: np.ndarray) -> float:
+        p, q = (torch.log_softmax(torch.from_numpy(x), -1) for x in (wanted, found))
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    assert divergence(*outputs("seqmse", **steps)) < 0.8 * divergence(*outputs("seqmse"))
+    with pytest.raises(InvalidInput, match="finetune follows"):
+        outputs("gptq", **steps)
 
 
 @pytest.mark.parametrize("place", ["stem", "depthwise", "grouped", "head"])

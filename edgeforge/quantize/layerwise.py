@@ -160,7 +160,7 @@ class _Walk:
         self.count = len(batches)
         for name in graph.inputs:
             self.exact[name] = [torch.from_numpy(np.array(batch[name])) for batch in batches]
-            self.rounded[name] = [_rounded(x, plan.types.get(name)) for x in self.exact[name]]
+            self.rounded[name] = [rounded(x, plan.types.get(name)) for x in self.exact[name]]
 
     def layer(self, node: Node) -> Layer:
         n = self.graph.view(node)
@@ -169,56 +169,67 @@ class _Walk:
         bias = _data(self.graph, node, 2) if n.arity == 3 else np.zeros(n.shape(1)[0], np.float32)
         most = max(ROWS // self.size, 1)
         exact = [patches(n, x.numpy(), most) for x in self.exact[node.inputs[0]]]
-        rounded = [patches(n, self.read(node, 0, x).numpy(), most) for x in self.rounded[node.inputs[0]]]
-        x, y = (np.concatenate(parts, 1) for parts in (exact, rounded))
+        reads = [patches(n, self.read(node, 0, x).numpy(), most) for x in self.rounded[node.inputs[0]]]
+        x, y = (np.concatenate(parts, 1) for parts in (exact, reads))
         return Layer(weight, bias.reshape(weight.shape[:2]), x, y, kind, least, node.attrs.get("clamp"))
 
     def read(self, node: Node, i: int, x: torch.Tensor) -> torch.Tensor:
-        return _rounded(x, self.plan.reads.get((node.output, i)))
+        return rounded(x, self.plan.reads.get((node.output, i)))
 
     def step(self, node: Node, given: Mapping[int, np.ndarray]) -> None:
         """given: constants of the rounded graph in place of those that the plan gives it."""
-        kind, view = self.plan.types.get(node.output), self.graph.view(node)
-        fixed = [i for i, name in enumerate(node.inputs) if self.graph.values[name].const]
-        ours = {i: _tensor(_data(self.graph, node, i)) for i in fixed}
-        theirs = {i: self.constant(node, i, ours[i]) for i in fixed if i not in given}
-        theirs |= {i: _tensor(array) for i, array in given.items()}
-
-        def run(known: Mapping[int, torch.Tensor], acts: Mapping[int, torch.Tensor]) -> torch.Tensor:
-            operands = {**acts, **known}
-            with torch.no_grad():
-                return OPS[node.op].torch(torch, view, *(operands[i] for i in sorted(operands)))
-
-        acts = [i for i in range(len(node.inputs)) if i not in fixed]
-        done = {node.inputs[i] for i in acts if self.left[node.inputs[i]] == 1}
-        exact, rounded = [], []
-        for b in range(self.count):
-            exact.append(run(ours, {i: self.exact[node.inputs[i]][b] for i in acts}))
-            seen = {i: self.read(node, i, self.rounded[node.inputs[i]][b]) for i in acts}
-            rounded.append(_rounded(run(theirs, seen), kind))
-            for name in done:
-                self.exact[name][b] = self.rounded[name][b] = None  # type: ignore[assignment]
-        self.exact[node.output], self.rounded[node.output] = exact, rounded
-        for name in {node.inputs[i] for i in acts}:
+        view, acts = self.graph.view(node), {name for name in node.inputs if not self.graph.values[name].const}
+        done = {name for name in acts if self.left[name] == 1}
+        ours = {name: _tensor(self.graph, name) for name in node.inputs if name not in acts}
+        theirs = {i: torch.from_numpy(array) for i, array in given.items()}
+        results: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        with torch.no_grad():
+            for i, name in enumerate(node.inputs):
+                if name not in acts and i not in theirs:
+                    theirs[i] = _constant(self.graph, self.plan, node, i)
+            for b in range(self.count):
+                exact = {**ours, **{name: self.exact[name][b] for name in acts}}
+                seen = {name: self.rounded[name][b] for name in acts}
+                results[0].append(OPS[node.op].torch(torch, view, *(exact[name] for name in node.inputs)))
+                results[1].append(rounded_node(self.graph, self.plan, node, seen, theirs))
+                for name in done:
+                    self.exact[name][b] = self.rounded[name][b] = torch.empty(0)
+        self.exact[node.output], self.rounded[node.output] = results
+        for name in acts:
             self.left[name] -= 1
-            if not self.left[name]:
-                del self.exact[name], self.rounded[name]
+        for name in done:
+            del self.exact[name], self.rounded[name]
 
-    def constant(self, node: Node, i: int, x: torch.Tensor) -> torch.Tensor:
-        """A constant operand as `convert` encodes it."""
-        name, role = node.inputs[i], OPS[node.op].port(i).role
-        if role not in (ACT, WEIGHT):
-            return x
-        kind = self.plan.constants.get(name)
-        if role == WEIGHT:
-            q = (kind or first_encoding(self.graph, self.plan, node, "minmax")[0]).q
-            dtype = self.plan.precision[node.output].weights if kind is None else kind.dtype
-            assert q is not None
-            return torch.from_numpy(q.dequantize(q.quantize(x.numpy(), dtype)))
-        if OPS[node.op].shared and name in self.plan.types:
-            return _rounded(x, self.plan.types[name])
-        dtype, data = self.plan.types[node.output].dtype, x.numpy()
-        return _rounded(x, TensorType(data.shape, dtype, affine(_data_range(data), dtype)))
+
+def rounded_node(
+    graph: Graph, plan: Plan, node: Node, known: Mapping[str, torch.Tensor], given: Mapping[int, torch.Tensor]
+) -> torch.Tensor:
+    """The result of ``node``, with operands and result rounded as the plan says; differentiable (straight-through).
+
+    known: activations by name; given: by input index constants in place of those that the plan gives the node."""
+    operands = dict(given)
+    for i, name in enumerate(node.inputs):
+        if name in known:
+            operands[i] = rounded(known[name], plan.reads.get((node.output, i)))
+        elif i not in operands:
+            operands[i] = _constant(graph, plan, node, i)
+    y = OPS[node.op].torch(torch, graph.view(node), *(operands[i] for i in sorted(operands)))
+    return rounded(y, plan.types.get(node.output))
+
+
+def _constant(graph: Graph, plan: Plan, node: Node, i: int) -> torch.Tensor:
+    """A constant operand as `convert` encodes it."""
+    name, role, data = node.inputs[i], OPS[node.op].port(i).role, _data(graph, node, i)
+    kind: TensorType | None = None
+    if role == WEIGHT:
+        kind = plan.constants.get(name) or first_encoding(graph, plan, node, "minmax")[0]
+    elif role == ACT:
+        kind = plan.types.get(name) if OPS[node.op].shared else None
+        dtype = plan.types[node.output].dtype
+        kind = kind or TensorType(data.shape, dtype, affine(_data_range(data), dtype))
+    if kind is None or kind.q is None:
+        return _tensor(graph, name)
+    return torch.from_numpy(kind.q.dequantize(kind.q.quantize(data, kind.dtype)))
 
 
 def _data(graph: Graph, node: Node, i: int) -> np.ndarray:
@@ -227,11 +238,13 @@ def _data(graph: Graph, node: Node, i: int) -> np.ndarray:
     return data
 
 
-def _tensor(data: np.ndarray) -> torch.Tensor:
+def _tensor(graph: Graph, name: str) -> torch.Tensor:
+    data = graph.values[name].data
+    assert data is not None
     return torch.from_numpy(data if data.flags.writeable else np.array(data))
 
 
-def _rounded(x: torch.Tensor, kind: TensorType | None) -> torch.Tensor:
+def rounded(x: torch.Tensor, kind: TensorType | None) -> torch.Tensor:
     """The nearest values that an encoding has."""
     if kind is None or kind.q is None:
         return x
