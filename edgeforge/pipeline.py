@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,14 @@ from edgeforge.measured import measure
 from edgeforge.models import Model, call, load_model
 from edgeforge.passes import optimize
 from edgeforge.progress import track
-from edgeforge.quantize.assign import assign, bits
+from edgeforge.quantize.assign import Plan, assign, bits
 from edgeforge.quantize.calibrate import Range, calibrate
 from edgeforge.quantize.convert import convert
 from edgeforge.quantize.correct import correct_biases
 from edgeforge.quantize.gptq import gptq
 from edgeforge.quantize.keep import plan_from
-from edgeforge.recipe import Precision, Recipe
+from edgeforge.quantize.layerwise import choose_layerwise
+from edgeforge.recipe import LAYERWISE, Precision, Recipe
 from edgeforge.report.text import bundle_readme, quantization_report
 from edgeforge.sim.evaluate import dequantize_outputs, quantize_feeds, run_float, simulate
 from edgeforge.sim.parity import sqnr_db
@@ -86,6 +88,8 @@ def quantize(model: Model, recipe: Recipe, target: Target, data: Dataset, requan
         raise InvalidInput(f"{recipe.precision} is offered for language models with a cache -> --precision w4a8")
     if model.imported.encodings and not requantize:
         return convert(graph, plan_from(model.imported, recipe, target), target)
+    if recipe.finetune is not None and recipe.weights not in LAYERWISE:
+        raise InvalidInput(f"finetune follows a layer-by-layer method -> weights: {' | '.join(LAYERWISE)}")
     samples = data.head(recipe.calibration.samples)
     graph = compress(graph, recipe, target, samples)
     plan = assign(graph, ranges_of(graph, recipe, samples, bits(graph, recipe, target)), recipe, target)
@@ -97,13 +101,27 @@ def quantize(model: Model, recipe: Recipe, target: Target, data: Dataset, requan
         graph, plan = train(graph, plan, recipe.train, target, samples)
 
     def rounded(graph: Graph) -> Graph:
-        chosen = gptq(graph, plan, _Batches(samples), scales) if recipe.weights == "gptq" else (graph, plan)
-        return convert(*chosen, target, scales)
+        return convert(*round_weights(graph, plan, recipe, samples, scales), target, scales)
 
     quantized = rounded(graph)
-    if recipe.bias_correction:
+    if recipe.bias_correction and recipe.weights not in LAYERWISE:
         quantized = rounded(correct_biases(graph, quantized, data.head(recipe.bias_correction).stacked()))
     return quantized
+
+
+def round_weights(graph: Graph, plan: Plan, recipe: Recipe, data: Dataset, scales: str) -> tuple[Graph, Plan]:
+    """``graph`` and ``plan`` with the weights that the recipe's method chooses on data, and what `finetune` learned."""
+    if recipe.weights == "gptq":
+        return gptq(graph, plan, _Batches(data), scales)
+    if recipe.weights not in LAYERWISE:
+        return graph, plan
+    choose = importlib.import_module(f"edgeforge.quantize.{recipe.weights}").choose
+    chosen = choose_layerwise(graph, plan, _Batches(data), choose)
+    if recipe.finetune is None:
+        return chosen
+    from edgeforge.quantize.finetune import finetune
+
+    return finetune(*chosen, graph, recipe.finetune, data)
 
 
 def ranges_of(graph: Graph, recipe: Recipe, data: Dataset, widths: Mapping[str, int]) -> dict[str, Range]:

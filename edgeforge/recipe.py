@@ -18,6 +18,10 @@ _DYNAMIC = re.compile(r"8da4w-b(?P<block>32|64)$")
 Width = Literal["a8", "a16", "a8s"]
 
 
+#: Values of ``Recipe.weights`` that are files in `edgeforge.quantize`, run by `quantize.layerwise`.
+LAYERWISE = ("gptaq", "seqmse", "adaround")
+
+
 class Precision:
     """``w{8,4}a{8,16}[-b16|32|64]``: weight bits, activation bits, and the block size of block-wise weights.
 
@@ -146,6 +150,17 @@ class Train(Closed):
     seed: int = 0
 
 
+class Finetune(Closed):
+    """`quantize.finetune`: Adam on scales and biases behind a LAYERWISE method of ``weights``, ``steps`` of
+    ``batch`` samples with a cosine schedule. Learning rates: of log scales, of biases in hundredths of their range."""
+
+    steps: int = Field(150, ge=1)
+    batch: int = Field(4, ge=1)
+    scale_rate: float = Field(1e-3, ge=0)
+    bias_rate: float = Field(1e-2, ge=0)
+    seed: int = 0
+
+
 class Bounds(Closed):
     """What `validate` demands of an artifact; None demands nothing."""
 
@@ -158,14 +173,15 @@ class Bounds(Closed):
 class Recipe(Closed):
     """Every choice of a quantization. ``compress``: methods that rewrite the float graph first, in order (see
     `edgeforge.compress`); ``train``: learns what they and the encodings leave open. ``bias_correction``: samples to
-    measure the shift of means on, 0 for none (see `quantize.correct`). ``bounds`` is keyed by backend, ``*`` for all
-    others."""
+    measure the shift of means on, 0 for none (see `quantize.correct`; the LAYERWISE methods of ``weights`` have it
+    built in). ``bounds`` is keyed by backend, ``*`` for all others."""
 
     precision: PrecisionName = "w8a8"
     calibration: Calibration = Calibration()
     compress: tuple[Method, ...] = ()
     train: Train | None = None
-    weights: Literal["minmax", "mse", "gptq"] = "minmax"
+    weights: Literal["minmax", "mse", "gptq", "gptaq", "seqmse", "adaround"] = "minmax"
+    finetune: Finetune | None = None
     bias_correction: int = Field(0, ge=0)
     overrides: tuple[Override, ...] = ()
     language: Shape = Shape()

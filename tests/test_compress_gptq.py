@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from compress_models import block, data
 
+from edgeforge.ir.fixed import LPBQ_STEPS
 from edgeforge.ir.types import RANGE
 from edgeforge.quantize.assign import assign
 from edgeforge.quantize.calibrate import calibrate
@@ -26,7 +27,7 @@ def test_correlated_inputs_let_columns_make_up_for_each_other(block_size):
     x = rng.normal(size=(400, 6)) @ rng.normal(size=(6, 32)) + 0.1 * rng.normal(size=(400, 32))
     weight = rng.normal(size=(24, 32)).astype(np.float32)
     plain = quantize_weight("w", weight, "i4", block_size, "minmax")
-    made = round_columns(weight, plain.type, x.T @ x)
+    made = round_columns(weight, plain.type, (x.T @ x)[None])
     codes = plain.type.q.quantize(made, "i4")
     np.testing.assert_array_equal(plain.type.q.dequantize(codes), made)
     assert np.abs(codes).max() <= RANGE["i4"][1]
@@ -37,7 +38,9 @@ def test_correlated_inputs_let_columns_make_up_for_each_other(block_size):
 def test_independent_inputs_change_no_code():
     weight = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
     plain = quantize_weight("w", weight, "i8", None, "minmax")
-    np.testing.assert_array_equal(round_columns(weight, plain.type, np.eye(16)), plain.type.q.dequantize(plain.data))
+    np.testing.assert_array_equal(
+        round_columns(weight, plain.type, np.eye(16)[None]), plain.type.q.dequantize(plain.data)
+    )
 
 
 @pytest.mark.parametrize("precision", ["w4a16", "w4a16-b16"])
@@ -54,4 +57,9 @@ def test_the_integer_graph_holds_the_codes_that_were_chosen_and_is_better(precis
     for node in made.nodes:
         if node.op == "linear":
             value = integer.values[node.inputs[1]]
-            np.testing.assert_array_equal(value.type.q.dequantize(value.data), made.values[node.inputs[1]].data)
+            q = value.type.q
+            np.testing.assert_array_equal(q.dequantize(value.data), made.values[node.inputs[1]].data)
+            if q.block is not None:
+                multipliers = q.scale / (q.scale.max(1, keepdims=True) / LPBQ_STEPS)
+                np.testing.assert_allclose(multipliers, np.rint(multipliers), atol=1e-4)
+                assert multipliers.min() > 0.99

@@ -23,5 +23,5 @@ def with_constants(graph: Graph, changed: Mapping[tuple[str, int], np.ndarray]) 
         if reads[name] > 1:
             name = f"{output}/{OPS[node.op].port(i).name}"
             nodes[output] = replace(node, inputs=(*node.inputs[:i], name, *node.inputs[i + 1 :]))
-        values[name] = Value(name, TensorType(data.shape), data.astype(np.float32))
+        values[name] = Value(name, TensorType(data.shape), data.astype(np.float32, copy=False))
     return graph.rebuild(nodes.values(), values)

@@ -1,10 +1,10 @@
-"""gptq: weights of linears rounded column by column, each column's error made up for by the columns still to come.
+"""gptq: weights of layers rounded column by column, each column's error made up for by the columns still to come.
 
     q_j = round(w_j / s_j);   w_k -= (w_j - s_j q_j) / U_jj * U_jk   for k > j     U = cholesky((X^T X + d I)^-1)
 
 U is upper triangular. Frantar et al., "GPTQ" (arXiv:2210.17323), columns in order of falling diag(X^T X), scales
 chosen beforehand per channel or as LPBQ blocks with integer multipliers: the codes are those that the integer graph
-stores. X is what the layer reads in the float graph on calibration data."""
+stores. X is what the layer reads in the float graph on calibration data; of a convolution its windows, by group."""
 
 from __future__ import annotations
 
@@ -17,75 +17,92 @@ from edgeforge.ir.graph import Graph, Node
 from edgeforge.ir.types import RANGE, TensorType
 from edgeforge.passes.constants import with_constants
 from edgeforge.quantize.assign import Plan
-from edgeforge.quantize.weights import least_scale, quantize_weight
+from edgeforge.quantize.layerwise import first_encoding, own_weight, patches
 from edgeforge.sim.evaluate import run_float
 
 #: Added to X^T X, as a share of its mean diagonal: the inverse must exist.
 DAMPING = 0.01
 
+#: Columns whose errors are carried to those behind them in one product.
+STRIDE = 64
+
+#: Windows of one image that count.
+WINDOWS = 256
+
 
 def gptq(graph: Graph, plan: Plan, batches: Iterable[Mapping[str, np.ndarray]], scales: str) -> tuple[Graph, Plan]:
-    """``graph`` with the weights that the codes of its linears stand for, and ``plan`` with their encodings.
+    """``graph`` with the weights that the codes of its layers stand for, and ``plan`` with their encodings.
 
-    scales: "minmax" or "mse" (of channels; blocks have one rule). A weight that several linears share is left alone."""
-    readers: dict[str, list[Node]] = {}
-    for node in graph.nodes:
-        if node.op == "linear":
-            readers.setdefault(node.inputs[1], []).append(node)
-    nodes = [found[0] for found in readers.values() if len(found) == 1]
-    moments = _moments(graph, {node.inputs[0] for node in nodes}, batches)
+    scales: "minmax" or "mse" (of channels; blocks have one rule). A weight that several layers share is left alone."""
+    nodes = [node for node in graph.nodes if own_weight(graph, node)]
+    moments = _moments(graph, nodes, batches)
     rounded: dict[tuple[str, int], np.ndarray] = {}
     kinds: dict[str, TensorType] = {}
     for node in nodes:
         data = graph.values[node.inputs[1]].data
         assert data is not None
-        kinds[node.output] = kind = _encoding(graph, plan, node, data, scales)
-        rounded[node.output, 1] = round_columns(data, kind, moments[node.inputs[0]])
+        kinds[node.output] = kind = first_encoding(graph, plan, node, scales)[0]
+        rounded[node.output, 1] = round_columns(data, kind, moments[_place(node)])
     graph = with_constants(graph, rounded)
     made = graph.producers()
     constants = {made[output].inputs[1]: kind for output, kind in kinds.items()}
     return graph, replace(plan, constants={**plan.constants, **constants})
 
 
-def _moments(graph: Graph, names: set[str], batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """X^T X of each value over all data, float64 [I, I]."""
-    found: dict[str, np.ndarray] = {}
+def _place(node: Node) -> str:
+    """Where X is seen: linears that read one value share it."""
+    return node.inputs[0] if node.op == "linear" else node.output
 
-    def add(name: str, x: np.ndarray) -> None:
-        if name in names:
-            rows = x.reshape(-1, x.shape[-1]).astype(np.float64)
-            found[name] = found.get(name, 0) + rows.T @ rows
+
+def _moments(graph: Graph, nodes: list[Node], batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """X^T X at each place over all data, float64 [G, D, D]."""
+    found: dict[str, np.ndarray] = {}
+    places = {_place(node): node for node in nodes}
+    readers: dict[str, list[Node]] = {}
+    for node in places.values():
+        readers.setdefault(node.inputs[0], []).append(node)
+
+    def see(name: str, x: np.ndarray) -> None:
+        for node in readers.get(name, ()):
+            rows = patches(graph.view(node), x, WINDOWS if node.op != "linear" else None).astype(np.float64)
+            found[_place(node)] = found.get(_place(node), 0) + rows.swapaxes(1, 2) @ rows
 
     for batch in batches:
         for name in graph.inputs:
-            add(name, np.asarray(batch[name]))
-        run_float(graph, batch, lambda node, y: add(node.output, y.numpy()))
+            see(name, np.asarray(batch[name]))
+        run_float(graph, batch, lambda node, y: see(node.output, y.numpy()))
     return found
 
 
-def _encoding(graph: Graph, plan: Plan, node: Node, data: np.ndarray, scales: str) -> TensorType:
-    precision = plan.precision[node.output]
-    least: np.ndarray | float = 0.0
-    if len(node.inputs) == 3:
-        bias, kind = graph.values[node.inputs[2]].data, plan.reads.get((node.output, 0), plan.types[node.inputs[0]])
-        assert bias is not None and kind.q is not None
-        least = least_scale(bias, float(kind.q.scale))
-    return quantize_weight(node.inputs[1], data, precision.weights, precision.block, scales, least).type
-
-
 def round_columns(weight: np.ndarray, kind: TensorType, moment: np.ndarray) -> np.ndarray:
-    """float32 [O, I] on the grid of ``kind``. moment: X^T X, [I, I]."""
+    """float32 [O, ...] on the grid of ``kind``. moment: X^T X, [G, D, D] for G groups of output channels."""
     assert kind.q is not None
-    top = RANGE[kind.dtype][1]
-    order = np.argsort(-np.diag(moment), kind="stable")
-    damped = moment + np.eye(len(moment)) * max(DAMPING * np.diag(moment).mean(), 1e-12)
-    upper = np.linalg.cholesky(np.linalg.inv(damped[np.ix_(order, order)])).T
-    scale = np.broadcast_to(kind.q.broadcast(weight.shape), weight.shape).astype(np.float64)[:, order]
-    rest, codes = weight[:, order].astype(np.float64), np.zeros(weight.shape)
-    for j in range(rest.shape[1]):
-        codes[:, j] = np.clip(np.rint(rest[:, j] / scale[:, j]), -top, top)
-        error = (rest[:, j] - codes[:, j] * scale[:, j]) / upper[j, j]
-        rest[:, j + 1 :] -= error[:, None] * upper[j, j + 1 :]
-    back = np.empty_like(codes)
-    back[:, order] = codes
-    return kind.q.dequantize(back.astype(np.int8))
+    level = np.maximum(DAMPING * np.einsum("gdd->gd", moment).mean(1), 1e-12)
+    damped = moment + level[:, None, None] * np.eye(moment.shape[1])
+    w = weight.reshape(len(moment), -1, moment.shape[1])
+    scale = np.broadcast_to(kind.q.broadcast(weight.shape), weight.shape).reshape(w.shape)
+    codes = column_codes(w[None], scale[None], damped, RANGE[kind.dtype][1])
+    return kind.q.dequantize(codes.reshape(weight.shape).astype(np.int8))
+
+
+def column_codes(weight: np.ndarray, scale: np.ndarray, moment: np.ndarray, top: int) -> np.ndarray:
+    """Codes in -top..top, float64 [K, G, P, D], of K weights (or scales) at once; ``weight`` and ``scale`` broadcast to
+    that. moment: positive definite, [G, D, D]."""
+    order = np.argsort(-np.einsum("gdd->gd", moment), 1, kind="stable")
+    sorted_moment = np.take_along_axis(np.take_along_axis(moment, order[:, :, None], 1), order[:, None], 2)
+    upper = np.linalg.cholesky(np.linalg.inv(sorted_moment)).swapaxes(1, 2)
+    shape = np.broadcast_shapes(weight.shape, scale.shape)
+    index = np.broadcast_to(order[:, None], shape)
+    rest = np.take_along_axis(np.broadcast_to(weight, shape).astype(np.float64), index, 3)
+    steps = np.take_along_axis(np.broadcast_to(scale, shape).astype(np.float64), index, 3)
+    codes, errors = np.empty(shape), np.empty(shape)
+    for first in range(0, shape[3], STRIDE):
+        last = min(first + STRIDE, shape[3])
+        for j in range(first, last):
+            codes[..., j] = np.clip(np.rint(rest[..., j] / steps[..., j]), -top, top)
+            errors[..., j] = (rest[..., j] - codes[..., j] * steps[..., j]) / upper[:, j, j, None]
+            rest[..., j + 1 : last] -= errors[..., j, None] * upper[:, None, j, j + 1 : last]
+        rest[..., last:] -= errors[..., first:last] @ upper[:, first:last, last:]
+    back = np.empty(shape)
+    np.put_along_axis(back, index, codes, 3)
+    return back

@@ -1,0 +1,168 @@
+"""Weights chosen layer by layer: each method against nearest rounding, on convolutions of every kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from edgeforge.data import from_arrays
+from edgeforge.errors import InvalidInput
+from edgeforge.frontend import Imported
+from edgeforge.frontend.torch import from_module
+from edgeforge.ir.graph import Graph
+from edgeforge.ir.types import QParams, TensorType
+from edgeforge.models import Model
+from edgeforge.passes import optimize
+from edgeforge.pipeline import quantize
+from edgeforge.quantize import adaround, gptaq, seqmse
+from edgeforge.quantize.gptq import column_codes
+from edgeforge.quantize.layerwise import Layer, patches
+from edgeforge.recipe import Recipe
+from edgeforge.sim.evaluate import dequantize_outputs, quantize_feeds, run_float, simulate
+from edgeforge.sim.parity import sqnr_db
+from edgeforge.target import load_target
+
+TARGET = load_target("snapdragon-8-gen-3")
+
+
+class Bottleneck(nn.Module):
+    """A stem, a depthwise and a grouped convolution, a projection and a head; uneven strides and paddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, 2, 1)
+        self.depthwise = nn.Conv2d(16, 16, 3, 1, 1, groups=16)
+        self.grouped = nn.Conv2d(16, 24, 3, 1, 2, dilation=2, groups=4)
+        self.project = nn.Conv2d(24, 16, 1)
+        self.head = nn.Linear(16, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.relu6(self.stem(x))
+        y = self.project(nn.functional.relu6(self.grouped(nn.functional.relu6(self.depthwise(x)))))
+        return self.head((x + y).mean((2, 3)))
+
+
+def bottleneck() -> Graph:
+    torch.manual_seed(0)
+    module = Bottleneck().eval()
+    with torch.no_grad():
+        for p in module.parameters():
+            p.mul_(2)
+    return optimize(from_module(module, (torch.zeros(1, 3, 12, 12),), "bottleneck").graph)
+
+
+def images(count: int, seed: int) -> np.ndarray:
+    """Smooth: neighboring pixels are alike."""
+    coarse = np.random.default_rng(seed).normal(size=(count, 3, 4, 4))
+    return np.kron(coarse, np.ones((1, 1, 3, 3))).astype(np.float32)
+
+
+def outputs(weights: str, **more: object) -> tuple[np.ndarray, np.ndarray]:
+    """Of the float and the integer network, on images that were not calibrated on."""
+    graph = bottleneck()
+    (name,) = graph.inputs
+    recipe = Recipe.model_validate({"precision": "w4a8", "weights": weights, **more})
+    data = from_arrays("images", {name: images(64, 0)}, graph)
+    integer = quantize(Model("bottleneck", Imported(graph), Path()), recipe, TARGET, data)
+    feeds = {name: images(64, 1)}
+    codes = simulate(integer, quantize_feeds(integer, feeds))
+    assert {integer.type(n.inputs[1]).dtype for n in integer.nodes if n.op in ("conv2d", "linear")} == {"i4"}
+    real = dequantize_outputs(integer, codes)
+    return run_float(graph, feeds)[graph.outputs[0]], real[graph.outputs[0]]
+
+
+@pytest.mark.parametrize(("method", "gain"), [("gptq", 1), ("seqmse", 1), ("gptaq", 4), ("adaround", 4)])
+def test_each_method_is_better_than_nearest_rounding_on_unseen_images(method, gain, monkeypatch):
+    monkeypatch.setattr(adaround, "STEPS", 200)
+    assert sqnr_db(*outputs(method)) > sqnr_db(*outputs("minmax")) + gain
+
+
+def test_fine_tuning_brings_logits_nearer_still_and_wants_a_layerwise_method():
+    steps = {"finetune": {"steps": 80, "batch": 16, "scale_rate": 3e-3, "bias_rate": 3e-2}}
+
+    def divergence(wanted: np.ndarray, found: np.ndarray) -> float:
+        p, q = (torch.log_softmax(torch.from_numpy(x), -1) for x in (wanted, found))
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    assert divergence(*outputs("seqmse", **steps)) < 0.8 * divergence(*outputs("seqmse"))
+    with pytest.raises(InvalidInput, match="finetune follows"):
+        outputs("gptq", **steps)
+
+
+@pytest.mark.parametrize("place", ["stem", "depthwise", "grouped", "head"])
+def test_patches_times_weights_are_the_layer(place):
+    graph = bottleneck()
+    seen: dict[str, np.ndarray] = {graph.inputs[0]: images(2, 0)}
+    run_float(graph, {graph.inputs[0]: images(2, 0)}, lambda node, y: seen.update({node.output: y.numpy()}))
+    (node,) = (n for n in graph.nodes if n.op in ("conv2d", "linear") and place in n.source)
+    n = graph.view(node)
+    rows = patches(n, seen[node.inputs[0]], None)
+    weight, bias = (graph.values[name].data for name in node.inputs[1:])
+    y = rows @ weight.reshape(len(rows), -1, rows.shape[2]).swapaxes(1, 2)
+    y = y.transpose(1, 0, 2).reshape(2, -1, len(weight)) + bias
+    y = y.clip(*node.attrs.get("clamp", (-np.inf, np.inf)))
+    found = seen[node.output].reshape(2, len(weight), -1).swapaxes(1, 2)
+    np.testing.assert_allclose(found, y.reshape(found.shape), rtol=1e-4, atol=1e-5)
+    few = patches(n, seen[node.inputs[0]], 5)
+    assert few.shape[1] == 2 * min(5, y.shape[1])
+
+
+def one_layer(block: int | None = None, samples: int = 300, outputs: int = 12) -> Layer:
+    """Correlated inputs, and the same after a disturbance that depends on them."""
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(1, samples, 6)) @ rng.normal(size=(6, 16)) + 0.1 * rng.normal(size=(samples, 16))) + 1
+    disturbed = np.round(x * 4) / 4 * 0.9 + 0.1
+    weight = rng.normal(size=(1, outputs, 16)).astype(np.float32)
+    peak = np.abs(weight[0]).max(1) / 7
+    if block is None:
+        q = QParams(peak, axis=0)
+    else:
+        unit = np.float32(peak / 16)
+        steps = np.ceil(np.abs(weight.reshape(outputs, -1, block)).max(2) / 7 / unit[:, None] - 1e-6)
+        q = QParams(steps * unit[:, None], axis=0, block=block)
+    kind = TensorType((outputs, 16), "i4", q)
+    bias = np.zeros((1, outputs), np.float32)
+    return Layer(weight, bias, x.astype(np.float32), disturbed.astype(np.float32), kind, 0.0, None)
+
+
+def error(layer: Layer, weight: np.ndarray) -> np.ndarray:
+    """Squared error of each channel about its mean."""
+    y = layer.exact @ layer.weight.swapaxes(1, 2) - layer.rounded @ weight.swapaxes(1, 2)
+    return y.var(1)
+
+
+@pytest.mark.parametrize("block", [None, 4])
+@pytest.mark.parametrize("method", [gptaq, seqmse, adaround])
+def test_a_choice_lies_on_its_grid_and_errs_less_than_nearest_rounding(method, block):
+    layer = one_layer(block)
+    weight, kind = method.choose(layer)
+    codes = weight.reshape(kind.shape) / kind.q.broadcast(kind.shape)
+    np.testing.assert_allclose(codes, np.rint(codes), atol=1e-4)
+    assert np.abs(codes).max() < 7.001
+    if block is not None:
+        channel = kind.q.scale.max(1, keepdims=True) / (layer.kind.q.scale.max(1, keepdims=True))
+        np.testing.assert_allclose(kind.q.scale, layer.kind.q.scale * channel, rtol=1e-6)
+    nearest = seqmse.nearest(layer, layer.scaled(1.0)[1])
+    assert error(layer, weight).sum() < error(layer, nearest).sum()
+
+
+def test_seqmse_finds_the_best_of_its_shares():
+    layer = one_layer(samples=2000)
+    found = error(layer, seqmse.choose(layer)[0])
+    for share in seqmse.SHARES:
+        assert (found <= error(layer, seqmse.nearest(layer, layer.scaled(share)[1])) * 1.0001).all()
+
+
+def test_columns_in_strides_are_the_columns_one_by_one(monkeypatch):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 200, 12))
+    moment = x.swapaxes(1, 2) @ x
+    weight, scale = rng.normal(size=(1, 2, 5, 12)), np.full((3, 2, 5, 1), 0.2) * np.arange(1, 4).reshape(3, 1, 1, 1)
+    whole = column_codes(weight, scale, moment, 7)
+    monkeypatch.setattr("edgeforge.quantize.gptq.STRIDE", 5)
+    np.testing.assert_array_equal(column_codes(weight, scale, moment, 7), whole)
+    assert whole.shape == (3, 2, 5, 12)
