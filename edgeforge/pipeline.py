@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,21 @@ from edgeforge.bundle import (
     load_bundle,
     port,
     read_core,
+    save_arrays,
     write_core,
     write_manifest,
     writing,
 )
 from edgeforge.compress import compress
-from edgeforge.data import Dataset, load_data
+from edgeforge.data import Batches, Dataset, load_data
 from edgeforge.errors import InvalidInput, Reason, Unsupported
 from edgeforge.ir.graph import Graph
 from edgeforge.ir.op import LAYERS
-from edgeforge.llm.export import TEMPLATE, TOKENIZER, calibration_tokens, describe, golden_steps
+from edgeforge.llm.export import PREFIX, TEMPLATE, TOKENIZER, calibration_tokens, describe, golden_steps
 from edgeforge.llm.quantize import quantize_language
 from edgeforge.measured import measure
 from edgeforge.models import Model, call, load_model
 from edgeforge.passes import optimize
-from edgeforge.progress import track
 from edgeforge.quantize.assign import assign, bits
 from edgeforge.quantize.calibrate import Range, calibrate
 from edgeforge.quantize.convert import convert
@@ -97,7 +97,7 @@ def quantize(model: Model, recipe: Recipe, target: Target, data: Dataset, requan
         graph, plan = train(graph, plan, recipe.train, target, samples)
 
     def rounded(graph: Graph) -> Graph:
-        chosen = gptq(graph, plan, _Batches(samples), scales) if recipe.weights == "gptq" else (graph, plan)
+        chosen = gptq(graph, plan, Batches(samples), scales) if recipe.weights == "gptq" else (graph, plan)
         return convert(*chosen, target, scales)
 
     quantized = rounded(graph)
@@ -108,18 +108,8 @@ def quantize(model: Model, recipe: Recipe, target: Target, data: Dataset, requan
 
 def ranges_of(graph: Graph, recipe: Recipe, data: Dataset, widths: Mapping[str, int]) -> dict[str, Range]:
     """The range of every activation of a float graph, by the recipe's method on its first samples of ``data``."""
-    samples, how = _Batches(data.head(recipe.calibration.samples)), recipe.calibration
+    samples, how = Batches(data.head(recipe.calibration.samples)), recipe.calibration
     return calibrate(graph, samples, how.method, widths, how.percentile)
-
-
-class _Batches:
-    """A dataset as an iterable that can be walked twice."""
-
-    def __init__(self, data: Dataset, size: int = 8):
-        self.data, self.size = data, size
-
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        return track(self.data.batches(self.size), -(-len(self.data) // self.size), "calibrating")
 
 
 def lower(
@@ -250,12 +240,14 @@ def _export_language(
 
         def core() -> tuple[str, ...]:
             say(f"calibration: {how}")
-            parts, notes = quantize_language(language, recipe, target, sequences, step)
-            golden = golden_steps(language, recipe, parts, sequences[0])
+            made = quantize_language(language, going_on(recipe, step.done), target, sequences, step)
+            golden, parts = golden_steps(made, recipe, sequences[0]), made.parts
             write_core(folder, parts["decode"].graph, recipe, target, golden, parts["prefill"].graph)
-            return notes
+            if made.prefix is not None:
+                save_arrays(folder / PREFIX, made.prefix.arrays)
+            return made.notes
 
-        notes = step("graphs", core, *CORE)
+        notes = step("graphs", core, *CORE, PREFIX)
         for note in notes:
             say(note)
         decode, prefill, golden = read_core(folder)
@@ -271,6 +263,14 @@ def _export_language(
         described |= {"backends": records, "figures": figures(decode, own, target)}
         _finish(folder, model, decode, recipe, target, calibration, calibrated_on=how, **described)
     return load_bundle(out)
+
+
+def going_on(recipe: Recipe, folder: Path) -> Recipe:
+    """``recipe`` with training that keeps its state in ``folder``, unless it names a file itself."""
+    if recipe.train is None or recipe.train.checkpoint is not None:
+        return recipe
+    train = recipe.train.model_copy(update={"checkpoint": str(folder / "train.pt")})
+    return recipe.model_copy(update={"train": train})
 
 
 def _finish(

@@ -59,7 +59,7 @@ def test_a_large_tensor_becomes_aligned_float32_in_a_mapped_file(dtype, monkeypa
 def test_prefill_and_decode_hold_one_copy_of_each_constant():
     model, target = load_model(str(TINYLM), traced=False), load_target("snapdragon-8-gen-3")
     recipe = read_recipe(model, None, "w8a8", SHORT)
-    parts, _ = quantize_language(model.language, recipe, target, calibration_tokens(model, recipe, "random")[0])
+    parts = quantize_language(model.language, recipe, target, calibration_tokens(model, recipe, "random")[0]).parts
     prefill, decode = (parts[name].graph.values for name in ("prefill", "decode"))
     shared = [name for name in prefill if prefill[name].const and name in decode]
     assert any("embed" in name for name in shared) and any("down_proj" in name for name in shared)

@@ -27,7 +27,8 @@ DAMPING = 0.01
 def gptq(graph: Graph, plan: Plan, batches: Iterable[Mapping[str, np.ndarray]], scales: str) -> tuple[Graph, Plan]:
     """``graph`` with the weights that the codes of its linears stand for, and ``plan`` with their encodings.
 
-    scales: "minmax" or "mse" (of channels; blocks have one rule). A weight that several linears share is left alone."""
+    scales: "minmax" or "mse" (of channels; blocks have one rule), where ``plan`` does not give them. A weight that
+    several linears share is left alone."""
     readers: dict[str, list[Node]] = {}
     for node in graph.nodes:
         if node.op == "linear":
@@ -39,7 +40,7 @@ def gptq(graph: Graph, plan: Plan, batches: Iterable[Mapping[str, np.ndarray]], 
     for node in nodes:
         data = graph.values[node.inputs[1]].data
         assert data is not None
-        kinds[node.output] = kind = _encoding(graph, plan, node, data, scales)
+        kinds[node.output] = kind = plan.constants.get(node.inputs[1]) or weight_type(graph, plan, node, data, scales)
         rounded[node.output, 1] = round_columns(data, kind, moments[node.inputs[0]])
     graph = with_constants(graph, rounded)
     made = graph.producers()
@@ -63,7 +64,8 @@ def _moments(graph: Graph, names: set[str], batches: Iterable[Mapping[str, np.nd
     return found
 
 
-def _encoding(graph: Graph, plan: Plan, node: Node, data: np.ndarray, scales: str) -> TensorType:
+def weight_type(graph: Graph, plan: Plan, node: Node, data: np.ndarray, scales: str) -> TensorType:
+    """The encoding of a layer's weight; the accumulator holds its bias at that scale."""
     precision = plan.precision[node.output]
     least: np.ndarray | float = 0.0
     if len(node.inputs) == 3:
