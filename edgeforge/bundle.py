@@ -77,13 +77,16 @@ class FigureRecord(Closed):
 
 class LanguageRecord(Closed):
     """What a runner of a language model must know. The bundle's own graph is "decode" (one token); "prefill" takes
-    ``chunk`` tokens. windows: of the mask inputs, None for all positions. prompt, greedy: a golden generation,
-    the token ids that the simulator's integers give behind the prompt, always taking the likeliest."""
+    ``chunk`` tokens. windows: of the mask inputs, None for all positions. prefix: the file that holds ``bos`` in the
+    cache and the logits behind it, where no graph computes that token: a text's second token, at position 1, is the
+    first that is fed. prompt, greedy: a golden generation, the token ids that the simulator's integers give behind the
+    prompt, always taking the likeliest."""
 
     context: int
     chunk: int
     windows: tuple[int | None, ...]
     bos: int | None
+    prefix: str | None = None
     stop: tuple[int, ...]
     tokenizer: str
     chat_template: str | None

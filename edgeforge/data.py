@@ -14,6 +14,7 @@ import numpy as np
 from edgeforge.errors import InvalidInput
 from edgeforge.ir.graph import Graph
 from edgeforge.ir.types import NUMPY
+from edgeforge.progress import track
 from edgeforge.recipe import ImageData, Recipe, TextData
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
@@ -44,6 +45,17 @@ class Dataset:
 
     def stacked(self) -> dict[str, np.ndarray]:
         return next(self.batches(max(self.size, 1)))
+
+
+@dataclass(frozen=True)
+class Batches:
+    """A dataset as feeds of up to ``size`` samples that can be walked more than once."""
+
+    data: Dataset
+    size: int = 8
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return track(self.data.batches(self.size), -(-len(self.data) // self.size), "calibrating")
 
 
 def load_data(source: str | Path | Mapping[str, np.ndarray], graph: Graph, recipe: Recipe, base: Path) -> Dataset:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +20,27 @@ from edgeforge.bundle import (
     load_bundle,
     port,
     read_core,
+    save_arrays,
     write_core,
     write_manifest,
     writing,
 )
 from edgeforge.compress import compress
-from edgeforge.data import Dataset, load_data
+from edgeforge.data import Batches, Dataset, load_data
 from edgeforge.errors import InvalidInput, Reason, Unsupported
 from edgeforge.ir.graph import Graph
 from edgeforge.ir.op import LAYERS
-from edgeforge.llm.export import TEMPLATE, TOKENIZER, calibration_tokens, describe, golden_steps
+from edgeforge.llm.export import PREFIX, TEMPLATE, TOKENIZER, calibration_tokens, describe, golden_steps
 from edgeforge.llm.quantize import quantize_language
 from edgeforge.measured import measure
 from edgeforge.models import Model, call, load_model
 from edgeforge.passes import optimize
-from edgeforge.progress import track
-from edgeforge.quantize.assign import Plan, assign, bits
+from edgeforge.quantize.assign import assign, bits
 from edgeforge.quantize.calibrate import Range, calibrate
 from edgeforge.quantize.convert import convert
 from edgeforge.quantize.correct import correct_biases
-from edgeforge.quantize.gptq import gptq
 from edgeforge.quantize.keep import plan_from
-from edgeforge.quantize.layerwise import choose_layerwise
+from edgeforge.quantize.rounding import round_weights
 from edgeforge.recipe import LAYERWISE, Precision, Recipe
 from edgeforge.report.text import bundle_readme, quantization_report
 from edgeforge.sim.evaluate import dequantize_outputs, quantize_feeds, run_float, simulate
@@ -109,35 +107,10 @@ def quantize(model: Model, recipe: Recipe, target: Target, data: Dataset, requan
     return quantized
 
 
-def round_weights(graph: Graph, plan: Plan, recipe: Recipe, data: Dataset, scales: str) -> tuple[Graph, Plan]:
-    """``graph`` and ``plan`` with the weights that the recipe's method chooses on data, and what `finetune` learned."""
-    if recipe.weights == "gptq":
-        return gptq(graph, plan, _Batches(data), scales)
-    if recipe.weights not in LAYERWISE:
-        return graph, plan
-    choose = importlib.import_module(f"edgeforge.quantize.{recipe.weights}").choose
-    chosen = choose_layerwise(graph, plan, _Batches(data), choose)
-    if recipe.finetune is None:
-        return chosen
-    from edgeforge.quantize.finetune import finetune
-
-    return finetune(*chosen, graph, recipe.finetune, data)
-
-
 def ranges_of(graph: Graph, recipe: Recipe, data: Dataset, widths: Mapping[str, int]) -> dict[str, Range]:
     """The range of every activation of a float graph, by the recipe's method on its first samples of ``data``."""
-    samples, how = _Batches(data.head(recipe.calibration.samples)), recipe.calibration
+    samples, how = Batches(data.head(recipe.calibration.samples)), recipe.calibration
     return calibrate(graph, samples, how.method, widths, how.percentile)
-
-
-class _Batches:
-    """A dataset as an iterable that can be walked twice."""
-
-    def __init__(self, data: Dataset, size: int = 8):
-        self.data, self.size = data, size
-
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        return track(self.data.batches(self.size), -(-len(self.data) // self.size), "calibrating")
 
 
 def lower(
@@ -268,12 +241,14 @@ def _export_language(
 
         def core() -> tuple[str, ...]:
             say(f"calibration: {how}")
-            parts, notes = quantize_language(language, recipe, target, sequences, step)
-            golden = golden_steps(language, recipe, parts, sequences[0])
+            made = quantize_language(language, going_on(recipe, step.done), target, sequences, step)
+            golden, parts = golden_steps(made, recipe, sequences[0]), made.parts
             write_core(folder, parts["decode"].graph, recipe, target, golden, parts["prefill"].graph)
-            return notes
+            if made.prefix is not None:
+                save_arrays(folder / PREFIX, made.prefix.arrays)
+            return made.notes
 
-        notes = step("graphs", core, *CORE)
+        notes = step("graphs", core, *CORE, PREFIX)
         for note in notes:
             say(note)
         decode, prefill, golden = read_core(folder)
@@ -289,6 +264,14 @@ def _export_language(
         described |= {"backends": records, "figures": figures(decode, own, target)}
         _finish(folder, model, decode, recipe, target, calibration, calibrated_on=how, **described)
     return load_bundle(out)
+
+
+def going_on(recipe: Recipe, folder: Path) -> Recipe:
+    """``recipe`` with training that keeps its state in ``folder``, unless it names a file itself."""
+    if recipe.train is None or recipe.train.checkpoint is not None:
+        return recipe
+    train = recipe.train.model_copy(update={"checkpoint": str(folder / "train.pt")})
+    return recipe.model_copy(update={"train": train})
 
 
 def _finish(

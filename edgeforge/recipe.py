@@ -97,11 +97,13 @@ class TextData(Closed):
 
 class Shape(Closed):
     """The static shape of a language model: positions (its cache holds them), and tokens per prefill step.
+    ``prefix``: the token that begins a text, if the model has one, is cached beforehand (see `edgeforge.llm.prefix`).
     ``shared_context``: artifacts for Hexagon come a second time, both graphs in one context binary with their weights
     once; the emulator does not load that."""
 
     context: int = Field(512, ge=2)
     chunk: int = Field(32, ge=1)
+    prefix: bool = False
     shared_context: bool = False
 
 
@@ -135,8 +137,9 @@ Method = Annotated[Smooth | Equalize | Rotate, Field(discriminator="method")]
 class Train(Closed):
     """`compress.train`: Adam on free scales, weight clipping and activation encodings, ``steps`` of ``batch`` samples
     with a cosine schedule. Learning rates: of log scales, of clipping logits, of log ranges (0 leaves one as it is).
-    ``loss``: divergence of the logits, or squared error of the last hidden state. Stops after ``patience`` checks
-    without gain; ``checkpoint``: a file from which a stopped run goes on."""
+    ``loss``: divergence of the logits, or squared error of the last hidden state. ``blocks``: one layer of a decoder
+    after another instead, each for ``steps``, on the squared error of its output. ``pairs``: scales of norms, or all.
+    Stops after ``patience`` checks without gain; ``checkpoint``: a file from which a stopped run goes on."""
 
     steps: int = Field(400, ge=1)
     batch: int = Field(8, ge=1)
@@ -144,6 +147,8 @@ class Train(Closed):
     clip_rate: float = Field(1e-2, ge=0)
     range_rate: float = Field(5e-3, ge=0)
     loss: Literal["kl", "hidden"] = "kl"
+    blocks: bool = False
+    pairs: Literal["norms", "all"] = "all"
     check: int = Field(50, ge=1)
     patience: int = Field(4, ge=1)
     checkpoint: str | None = None

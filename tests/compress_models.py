@@ -39,11 +39,29 @@ def block() -> Graph:
     return optimize(from_module(Block().eval(), (torch.zeros(1, 10, 16),), "block").graph)
 
 
+class Stack(nn.Module):
+    """Two blocks, named as the layers of a decoder are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Block(), Block()])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers[1](self.layers[0](x))
+
+
 @functools.cache
-def uneven() -> Graph:
+def stack() -> Graph:
+    torch.manual_seed(0)
+    return optimize(from_module(Stack().eval(), (torch.zeros(1, 10, 16),), "stack").graph)
+
+
+@functools.cache
+def uneven(graph: Graph | None = None) -> Graph:
     """The block with channels of very unequal size: each scale is exp of a normal number of deviation 2."""
-    channels = find_channels(block())
-    return channels.rescale(block(), np.random.default_rng(0).normal(0, 2, channels.count))
+    graph = graph or block()
+    channels = find_channels(graph)
+    return channels.rescale(graph, np.random.default_rng(0).normal(0, 2, channels.count))
 
 
 @functools.cache

@@ -176,9 +176,27 @@ def test_rotations_are_orthogonal(size):
     np.testing.assert_allclose(q @ q.T, np.eye(size), atol=1e-12)
 
 
-def test_an_encoder_with_norms_behind_its_sums_is_not_rotated():
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_rotated_values_and_output_projections_cancel_head_by_head(name):
+    graph = MODELS[name]()
+    turned = verify(apply(graph, Rotate(), Recipe(), load_target("snapdragon-8-gen-3"), from_ids(graph)))
+    before, after = {}, {}
+    wanted = run_float(graph, feed(graph), lambda node, y: before.update({node.output: y.numpy()}))
+    got = run_float(turned, feed(graph), lambda node, y: after.update({node.output: y.numpy()}))
+    assert far(wanted[graph.outputs[0]], got[graph.outputs[0]]) < 1e-4
+    values = [node.output for node in graph.nodes if node.source.endswith(("v_proj", "value"))]
+    assert len(values) == 2 and all(far(before[n], after[n]) > 0.1 for n in values)
+    heads = [np.square(x[n]).reshape(*x[n].shape[:-1], -1, 8).sum(-1) for x in (before, after) for n in values]
+    np.testing.assert_allclose(heads[:2], heads[2:], rtol=1e-3)
+
+
+def test_an_encoder_with_norms_behind_its_sums_keeps_its_residual_stream():
     graph = bert()
-    assert apply(graph, Rotate(), Recipe(), load_target("snapdragon-8-gen-3"), from_ids(graph)).hash() == graph.hash()
+    turned = apply(graph, Rotate(), Recipe(), load_target("snapdragon-8-gen-3"), from_ids(graph))
+    before, after = {}, {}
+    run_float(graph, feed(graph), lambda node, y: before.update({node.output: y.numpy()}))
+    run_float(turned, feed(graph), lambda node, y: after.update({node.output: y.numpy()}))
+    assert all(far(before[n.output], after[n.output]) < 1e-4 for n in graph.nodes if n.op in ("add", "layer_norm"))
 
 
 def test_weights_that_two_layers_share_stay_as_they_are():

@@ -2,57 +2,47 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from benchmarks.quality import Case, perplexity_of
 from benchmarks.stress import stress
-from edgeforge.compress import compress
-from edgeforge.data import Dataset
-from edgeforge.ir.graph import Graph
-from edgeforge.pipeline import find_data, load
-from edgeforge.quantize.assign import assign
-from edgeforge.quantize.calibrate import calibrate
-from edgeforge.quantize.convert import convert
-from edgeforge.recipe import Recipe, Smooth
-from edgeforge.sim.evaluate import dequantize_outputs, run_float, simulate
-from edgeforge.target import load_target, read_yaml
-from edgeforge.validate import perplexity
+from edgeforge.frontend.language import Language
+from edgeforge.llm.evaluate import float_scorer
+from edgeforge.llm.quantize import read_texts, token_sequences
+from edgeforge.models import load_model
 
-TARGET = load_target("snapdragon-8-gen-3")
+TINYLM = Path(__file__).parents[1] / "models" / "tinylm"
 
 
 @pytest.fixture(scope="module")
-def tinylm():
-    return load("tinylm")
+def language() -> Language:
+    return load_model(str(TINYLM), traced=False).language
 
 
 @pytest.fixture(scope="module")
-def recipe(tinylm) -> Recipe:
-    return read_yaml(tinylm.base / "recipe.yaml", Recipe)
-
-
-@pytest.fixture(scope="module")
-def data(tinylm, recipe) -> Dataset:
-    return find_data("embedded", "calibration", tinylm, tinylm.imported.graph, recipe, tinylm.base).head(16)
-
-
-def drop(graph: Graph, quantizable: Graph, recipe: Recipe, data: Dataset) -> float:
-    """Relative growth of perplexity on the samples that calibrate."""
-    feeds = data.stacked()
-    (ids,) = feeds.values()
-    plan = assign(quantizable, calibrate(quantizable, [feeds]), recipe, TARGET)
-    integer = convert(quantizable, plan, TARGET)
-    got = dequantize_outputs(integer, simulate(integer, feeds))["lm_head"]
-    return perplexity(got, ids) / perplexity(run_float(graph, feeds)["lm_head"], ids) - 1
+def ids(language) -> np.ndarray:
+    found = token_sequences(read_texts(TINYLM / "calibration.txt"), language.encoder(), language.bos, 64)
+    return np.array([s for s in found if len(s) == 64][:24], np.int64)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_outliers_leave_the_float_model_and_break_rounding_that_smoothing_mends(tinylm, recipe, data, seed):
-    graph, feeds = tinylm.imported.graph, data.stacked()
-    stressed = stress(graph, feeds, seed)
-    before, after = (run_float(g, feeds)["lm_head"] for g in (graph, stressed))
+def test_outliers_and_sinks_leave_the_float_model(language, ids, seed):
+    changed = stress(language, ids[:8], seed)
+    before, after = (float_scorer(model, 64)(ids) for model in (language, changed))
     assert np.abs(before - after).max() < 1e-4
-    plain = drop(graph, stressed, recipe, data)
-    smoothed = compress(stressed, recipe.model_copy(update={"compress": (Smooth(samples=4),)}), TARGET, data)
-    assert plain > 0.2
-    assert drop(graph, smoothed, recipe, data) < plain / 3
+    peaks = [float(max(abs(w).max() for n, w in m.weights.items() if "up_proj" in n)) for m in (language, changed)]
+    assert peaks[1] > 5 * peaks[0]
+
+
+def test_outliers_break_plain_rounding_and_a_prefix_with_smoothing_mends_it(language, ids):
+    changed = stress(language, ids[:8], 0)
+    exact = np.exp(-float_scorer(language, 64)(ids[8:]).mean())
+    found = {}
+    for lines in ((), ("language.prefix=true", "compress=[{method: smooth, alpha: 0.5}]")):
+        case = Case(changed, "w8a8", (*lines, "calibration.samples=8"))
+        found[lines] = perplexity_of(case.quantized(ids[:8]), changed, ids[8:]) / exact - 1
+    plain, mended = found.values()
+    assert plain > 0.2 and mended < 0.1

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from compress_models import block, data, uneven
+from compress_models import block, data, stack, uneven
 
 from edgeforge.compress.train import Student, _Run, train
 from edgeforge.ir.graph import Graph
@@ -31,7 +31,8 @@ def integers(graph: Graph, plan: Plan) -> np.ndarray:
 
 
 def quality(graph: Graph, plan: Plan) -> float:
-    db = sqnr_db(run_float(block(), data().stacked())[block().outputs[0]], integers(graph, plan))
+    """dB against the float function, which ``graph`` has too."""
+    db = sqnr_db(run_float(graph, data().stacked())[graph.outputs[0]], integers(graph, plan))
     assert db is not None
     return db
 
@@ -43,8 +44,9 @@ def test_the_student_computes_what_the_integer_graph_computes(precision):
     plan = planned(graph, precision)
     student = Student(graph, plan, TARGET)
     with torch.no_grad():
-        for clip in student.parameters["clip"].values():
-            clip.fill_(40.0)
+        for name, parameter in student.parameters.items():
+            if name.startswith("clip"):
+                parameter.fill_(40.0)
         feeds = {name: torch.from_numpy(x) for name, x in data().stacked().items()}
         got = student(feeds, graph.outputs[0]).numpy()
     expected = integers(graph, plan)
@@ -60,6 +62,31 @@ def test_training_mends_uneven_channels(precision, loss):
     plan = planned(uneven(), precision)
     graph, learned = train(uneven(), plan, config, TARGET, data())
     assert quality(graph, learned) > quality(uneven(), plan) + 1.5
+
+
+def moved(before: Graph, after: Graph) -> set[str]:
+    return {
+        n for n, value in after.values.items() if value.const and not np.array_equal(value.data, before.values[n].data)
+    }
+
+
+def test_training_block_by_block_reaches_every_block():
+    before = uneven(stack())
+    plan = planned(before, "w8a8")
+    config = Train(steps=40, batch=8, check=20, scale_rate=5e-2, range_rate=1e-2, blocks=True)
+    graph, learned = train(before, plan, config, TARGET, data())
+    assert quality(graph, learned) > quality(before, plan) + 1
+    assert {name.split(".")[1] for name in moved(before, graph)} == {"0", "1"}
+    wanted, got = (run_float(g, data().stacked())[graph.outputs[0]] for g in (before, graph))
+    assert np.abs(wanted - got).max() < 1e-4
+
+
+def test_scales_of_norms_alone_change_norms_and_their_readers_alone():
+    before = uneven(stack())
+    config = Train(steps=2, batch=4, check=1, scale_rate=5e-2, clip_rate=0, range_rate=0, pairs="norms")
+    graph, _ = train(before, planned(before, "w8a8"), config, TARGET, data(8))
+    parts = {name.split(".")[2] for name in moved(before, graph)}
+    assert parts <= {"norm", "norm2", "q", "k", "v", "gate", "up"} and parts
 
 
 def test_learned_zero_points_are_whole_and_those_of_the_target_stay():

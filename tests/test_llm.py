@@ -29,12 +29,17 @@ from edgeforge.llm.evaluate import (
     text_of,
     windows,
 )
+from edgeforge.llm.export import calibration_tokens
 from edgeforge.llm.generate import Sampling, choose, continued, in_template, prompt_tokens
+from edgeforge.llm.prefix import prefix_of
+from edgeforge.llm.quantize import encoded, first_logits, read_texts
 from edgeforge.llm.session import Session, opened
 from edgeforge.llm.steps import BLOCKED, pieces, positions_and_masks
+from edgeforge.llm.windows import window_graph
 from edgeforge.models import load_model
-from edgeforge.pipeline import export
-from edgeforge.sim.evaluate import simulate
+from edgeforge.pipeline import export, read_recipe
+from edgeforge.sim.evaluate import run_float, simulate
+from edgeforge.target import load_target
 from edgeforge.validate import validate
 
 TARGET = "snapdragon-8-gen-3"
@@ -104,7 +109,7 @@ def small(folder, tmp_path_factory):
 def simulated(bundle, batch: int = 1) -> Session:
     graphs = {part.part: part.graph for part in bundle.parts}
     steps = {name: lambda feeds, graph=graph: simulate(graph, feeds) for name, graph in graphs.items()}
-    return Session(graphs, steps, bundle.manifest.language.windows, batch)
+    return Session(graphs, steps, bundle.manifest.language.windows, prefix_of(bundle), batch)
 
 
 # ----------------------------------------------------------------------------------------- the graphs
@@ -563,3 +568,82 @@ def test_the_hexagon_emulator_runs_both_graphs_from_one_child_each(folder, tmp_p
     assert texts["ort_qnn"] == texts["executorch_qnn"] and len(texts["ort_qnn"]) == 5
     for result in validate(bundle, only=names):
         assert result.ran and result.identical == 1, result
+
+
+# --------------------------------------------------------------------------------- prefix and compression
+
+
+METHODS = (
+    "language.prefix=true",
+    "compress=[{method: rotate}, {method: smooth, samples: 4}]",
+    "train={steps: 4, batch: 2, check: 2}",
+    "weights=gptq",
+)
+
+
+@pytest.fixture(scope="module")
+def compressed(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("llm") / "compressed"
+    names = ("simulator", "onnx_qdq")
+    return export(str(folder), TARGET, out, "embedded", "w8a8", names, assignments=(*SHAPE, *METHODS))
+
+
+def test_compression_behind_a_prefix_leaves_the_float_logits(folder):
+    model = load_model(str(folder), traced=False)
+    language, recipe = model.language, read_recipe(model, None, "w8a8", (*SHAPE, *METHODS))
+    sequences, _ = calibration_tokens(model, recipe, "embedded")
+    found = encoded(language, recipe, load_target(TARGET), sequences).found
+    assert any(not torch.equal(weight, language.weights[name]) for name, weight in found.language.weights.items())
+    graph, data = window_graph(found.language, sequences, found.first)
+    ids, masks = (
+        torch.tensor([s[:24] for s in sequences]),
+        positions_and_masks([0] * len(sequences), 24, 24, 0, (None,)),
+    )
+    empty = [torch.zeros(len(ids), 2, 16, 0), torch.zeros(len(ids), 2, 0, 16)] * 2
+    with torch.no_grad():
+        wanted = language.decoder(24)(ids, *map(torch.from_numpy, masks), *empty)[0].numpy()
+    got = run_float(graph, data.stacked())["logits"]
+    np.testing.assert_allclose(got, wanted[:, 1:], atol=2e-4 * np.abs(wanted).max())
+    np.testing.assert_allclose(first_logits(language, 24), wanted[0, 0], atol=1e-4 * np.abs(wanted).max())
+
+
+def test_a_prefix_is_never_computed_and_every_text_continues_it(compressed, folder):
+    record, prefix = compressed.manifest.language, prefix_of(compressed)
+    assert record.prefix in compressed.manifest.sha256 and prefix.token == record.bos
+    assert [int(part.golden["input/positions"].min()) for part in compressed.parts] == [1, 1]
+    session = simulated(compressed)
+    assert session.start == 1
+    assert np.array_equal(session.feed([record.bos]), prefix.arrays["logits"][0, 0]) and session.start == 1
+    whole = session.feed([7, 8, 9])
+    session.restart()
+    assert np.array_equal(session.feed([record.bos, 7, 8, 9]), whole)
+    session.restart()
+    assert np.array_equal(session.feed([7, 8, 9]), whole) and session.start == 4
+    data = windows(read_texts(folder / "calibration.txt"), text_of(compressed, 0), None, 4)
+    language = load_model(str(folder), traced=False).language
+    exact, codes = (perplexity(s, data) for s in (float_scorer(language, 24), simulator_scorer(compressed)))
+    assert abs(codes / exact - 1) < 0.03
+    assert perplexity(simulator_scorer(compressed, fake=True), data) == pytest.approx(codes, rel=0.01)
+
+
+def test_a_backend_starts_from_the_prefix(compressed):
+    ids = prompt_tokens(compressed, "w9 w8 w7")
+    found = {}
+    for name in ("simulator", "onnx_qdq"):
+        with opened(compressed, name) as session:
+            found[name] = [token for token, _ in continued(compressed, session, ids, 4)]
+            assert session.prefix is not None and session.start == len(ids) + 3
+    assert len(found["simulator"]) == len(found["onnx_qdq"]) == 4
+    report = validate(compressed, ("onnx_qdq",))
+    assert report and all(result.cosine is None or result.cosine > 0.98 for result in report)
+
+
+def test_dynamic_linears_begin_behind_the_prefix_too(folder, tmp_path):
+    shape = (*SHAPE, "language.prefix=true")
+    bundle = export(str(folder), TARGET, tmp_path / "x", "embedded", "8da4w-b32", ("simulator",), assignments=shape)
+    ids = [1, 9, 8, 7, 6]
+    language = load_model(str(folder), traced=False).language
+    plain = export(str(folder), TARGET, tmp_path / "y", "embedded", "8da4w-b32", ("simulator",), assignments=SHAPE)
+    assert prefix_of(plain) is None and language.bos == 1
+    near = [simulated(b).feed(ids) for b in (bundle, plain)]
+    assert np.corrcoef(*near)[0, 1] > 0.99

@@ -64,7 +64,7 @@ def language():
     """tinylm's integer prefill and decode graphs."""
     model, target = load_model(str(TINYLM), traced=False), load_target("snapdragon-8-gen-3")
     recipe = read_recipe(model, None, "w8a8", SHORT)
-    parts, _ = quantize_language(model.language, recipe, target, calibration_tokens(model, recipe, "random")[0])
+    parts = quantize_language(model.language, recipe, target, calibration_tokens(model, recipe, "random")[0]).parts
     return {name: part.graph for name, part in parts.items()}
 
 

@@ -15,6 +15,7 @@ the graph; numbers that must be equal (or inverse) are tied, and 0 stands for a 
     matmul, both operands scaled                                 contracted channels are tied as inverses (q, k)
     matmul, one operand scaled                                   its numbers pass (attention weights times v)
     linear, convolutions                                         input channels are undone in the weight's columns
+    concat with a constant (keys and values of a prefix)         every element of the constant is a new channel
     all else, and outputs                                        numbers become 0
 """
 
@@ -28,6 +29,8 @@ import numpy as np
 from edgeforge.ir.graph import Graph, Node, NodeView
 from edgeforge.ir.op import ACT, CONVOLUTIONS, LAYERS, OPS
 from edgeforge.passes.constants import with_constants
+
+NORMS = ("rms_norm", "layer_norm")
 
 
 @dataclass(frozen=True)
@@ -199,6 +202,17 @@ def _move(walk: _Walk, n: NodeView) -> np.ndarray:
     return OPS[n.node.op].integer(None, n, *(walk.full(name) for name in n.node.inputs))
 
 
+def _join(walk: _Walk, n: NodeView) -> np.ndarray:
+    """concat: a constant of its own follows the scales of what it is joined with."""
+    parts = []
+    for i, name in enumerate(n.node.inputs):
+        parts.append(walk.full(name))
+        if walk.graph.values[name].const and not walk.shared(n.node, i):
+            parts[i] = walk.ties.new(n.type(i).size).reshape(n.shape(i))
+            walk.constants[n.node.output, i] = (parts[i],)
+    return OPS["concat"].integer(None, n, *parts)
+
+
 def _pass(walk: _Walk, n: NodeView) -> np.ndarray:
     return walk.of(n.node.inputs[0])
 
@@ -280,12 +294,13 @@ def _table(walk: _Walk, n: NodeView) -> np.ndarray:
 
 
 RULES: dict[str, Callable[[_Walk, NodeView], np.ndarray]] = {
-    **dict.fromkeys(("reshape", "transpose", "slice", "concat", "expand"), _move),
+    **dict.fromkeys(("reshape", "transpose", "slice", "expand"), _move),
     **dict.fromkeys(("relu", "neg"), _pass),
     **dict.fromkeys(("pad", "max_pool", "avg_pool", "resize_nearest", "resize_bilinear"), _spatial),
     **dict.fromkeys(("add", "sub"), _sum),
     **dict.fromkeys(LAYERS, _dot),
-    **dict.fromkeys(("rms_norm", "layer_norm"), _norm),
+    **dict.fromkeys(NORMS, _norm),
+    "concat": _join,
     "clip": _clip,
     "reduce_mean": _mean,
     "mul": _product,

@@ -1,10 +1,12 @@
-"""rotate: the residual stream of a pre-norm transformer in another orthonormal basis, in which no channel sticks out.
+"""rotate: a transformer's residual stream and values in other orthonormal bases, in which no channel sticks out.
 
     x = table[ids]; y = x + w_out f(rms_norm(x) w_in^T)    =>    the same with table Q, Q^T w_out, w_in Q
+    o = p (x w_v^T) w_o^T                                  =>    the same with Q^T w_v, w_o Q       per head of values
 
-rms_norm commutes with an orthogonal Q once its gain is folded into the layers that read it. Rotation R1 of Liu et al.,
-"SpinQuant" (arXiv:2405.16406), and Ashkboos et al., "QuaRot" (arXiv:2404.00456), not trained: a Hadamard matrix with
-random signs, times a random orthogonal matrix where the width is no power of two. Costs nothing at run time."""
+rms_norm commutes with an orthogonal Q once its gain is folded into the layers that read it. Rotations R1 and R2 of Liu
+et al., "SpinQuant" (arXiv:2405.16406), and Ashkboos et al., "QuaRot" (arXiv:2404.00456), not trained: a Hadamard matrix
+with random signs, times a random orthogonal matrix where the width is no power of two. They cost nothing at run time;
+R3 and R4 need a Hadamard product in the graph, which no target offers."""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from edgeforge.compress.channels import find_channels
 from edgeforge.data import Dataset
 from edgeforge.ir.graph import Graph, Node
 from edgeforge.ir.op import LAYERS
@@ -22,12 +25,13 @@ from edgeforge.target import Target
 
 def apply(graph: Graph, config: Rotate, recipe: Recipe, target: Target, data: Dataset) -> Graph:
     """``graph`` with every residual stream rotated that only linears and embeddings write and only rms_norms before
-    linears read; ``data`` is not read."""
+    linears read, and values wherever nothing lies between two linears but products with attention weights; ``data`` is
+    not read."""
     graph = fold_gains(graph)
     rng = np.random.default_rng(config.seed)
     for stream in _streams(graph):
         graph = _turned(graph, stream, orthogonal(stream.width, rng))
-    return graph
+    return _turned_values(graph, rng)
 
 
 def fold_gains(graph: Graph) -> Graph:
@@ -136,3 +140,39 @@ def _turned(graph: Graph, stream: _Stream, q: np.ndarray) -> Graph:
         if len(node.inputs) == 3:
             changed[node.output, 2] = _data(graph, node, 2) @ q
     return with_constants(graph, changed)
+
+
+#: What the way from values to the output projection may consist of: it moves channels and mixes tokens.
+_MIXING = {"linear", "reshape", "transpose", "slice", "concat", "expand", "matmul"}
+
+
+def _turned_values(graph: Graph, rng: np.random.Generator) -> Graph:
+    """v = x w_v^T; o = (p v) w_o^T   =>   v = x (q^T w_v)^T; o = (p v) (w_o q)^T     per head of values"""
+    channels, nodes, changed = find_channels(graph), graph.producers(), {}
+    for group in channels.groups:
+        way = [nodes[name] for name in group.values]
+        products = [node for node in way if node.op == "matmul"]
+        if group.down or len(group.readers) != 1 or len(products) != 1 or not all(map(_mixes, way)):
+            continue
+        numbers = channels.labels[products[0].inputs[1]]
+        for head in np.unique(numbers.reshape(-1, numbers.shape[-1]), axis=0):
+            q = orthogonal(len(head), rng)
+            writers = [(output, i, 0, 1) for output in group.up for i in range(len(nodes[output].inputs))]
+            for output, i, which, sign in (*writers, (group.readers[0], 1, 1, -1)):
+                if (output, i) in channels.constants:
+                    data = changed.get((output, i), _data(graph, nodes[output], i))
+                    part = sign * np.broadcast_to(channels.constants[output, i][which], data.shape)
+                    changed[output, i] = _mixed(data, part, head, q)
+    return with_constants(graph, changed)
+
+
+def _mixes(node: Node) -> bool:
+    return node.op in _MIXING and "clamp" not in node.attrs
+
+
+def _mixed(data: np.ndarray, numbers: np.ndarray, head: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """``data`` with every run of entries that ``head`` numbers turned by ``q``."""
+    places = np.stack([np.flatnonzero(numbers == number) for number in head], 1)
+    made = data.copy()
+    made.reshape(-1)[places] = data.reshape(-1)[places] @ q
+    return made

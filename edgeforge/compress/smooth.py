@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from edgeforge.compress.channels import Channels, Group, factors, find_channels
+from edgeforge.compress.channels import NORMS, Channels, Group, factors, find_channels
 from edgeforge.data import Dataset
 from edgeforge.ir.graph import Graph, Node
 from edgeforge.ir.op import OPS, WEIGHT
@@ -26,8 +26,7 @@ from edgeforge.recipe import Recipe, Smooth
 from edgeforge.sim.evaluate import run_float
 from edgeforge.target import Target
 
-NORMS = ("rms_norm", "layer_norm")
-GRID = tuple(float(a) for a in np.linspace(0, 1, 11))
+GRID = tuple(float(a) for a in np.linspace(0, 1, 6))
 
 
 def apply(graph: Graph, config: Smooth, recipe: Recipe, target: Target, data: Dataset) -> Graph:
@@ -50,7 +49,7 @@ class _Search:
         self, graph: Graph, channels: Channels, recipe: Recipe, target: Target, feeds: Mapping[str, np.ndarray]
     ):
         self.graph, self.channels, self.target = graph, channels, target
-        self.method = "minmax" if recipe.weights == "minmax" else "mse"
+        self.clips = recipe.weights != "minmax"
         self.nodes = graph.producers()
         self.plan: Plan = assign(graph, calibrate(graph, [feeds]), recipe, target)
         self.exact = {value.name: torch.tensor(value.data) for value in graph.constants()}
@@ -128,7 +127,8 @@ class _Search:
         precision = self.plan.precision[node.output]
         block = precision.block if node.op == "linear" else None
         scaled = (w * _factors(self.numbers(node, 1), log_scale)).numpy()
-        value = quantize_weight(node.inputs[1], scaled, precision.weights, block, self.method)
+        method = "mse" if self.clips and precision.weights == "i4" else "minmax"  # at 8 bits nothing is gained
+        value = quantize_weight(node.inputs[1], scaled, precision.weights, block, method)
         assert value.type.q is not None and value.data is not None
         return torch.from_numpy(value.type.q.dequantize(value.data))
 

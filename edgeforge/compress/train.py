@@ -12,70 +12,87 @@ weights and encodings."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import replace
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from edgeforge.compress.channels import find_channels
+from edgeforge.compress.channels import NORMS, find_channels
 from edgeforge.data import Dataset
 from edgeforge.ir.fixed import LPBQ_STEPS
 from edgeforge.ir.graph import Graph, Node
 from edgeforge.ir.op import ACT, LAYERS, OPS, WEIGHT
 from edgeforge.ir.types import RANGE, QParams, TensorType
-from edgeforge.passes.constants import with_constants
 from edgeforge.progress import track
 from edgeforge.quantize.assign import Groups, Plan, affine
+from edgeforge.quantize.layerwise import first_encoding
 from edgeforge.quantize.weights import quantize_weight
 from edgeforge.recipe import Train
 from edgeforge.target import Target
 
 Tensors = dict[str, torch.Tensor]
 
+#: Batches that are kept aside, if there are four times as many.
+ASIDE = 4
+
+#: A block of a decoder, by the name of its module.
+_BLOCK = re.compile(r"(?:\w+\.)*layers\.\d+")
+
 #: Largest share of a channel's peak that clipping starts from; near 1 its logit would hardly move.
 MOST = 0.982
 
 
 def train(graph: Graph, plan: Plan, config: Train, target: Target, data: Dataset) -> tuple[Graph, Plan]:
-    """``graph`` and ``plan`` with what training learned folded in; the better of that and the start.
+    """``graph`` with the scales that training learned, and ``plan`` with the encodings; the better of that and the
+    start.
 
-    data: calibration samples; the last batch is kept aside to choose the best step. Repeatable for one seed."""
-    student = Student(graph, plan, target)
-    teacher = Teacher(graph, config.loss)
+    data: calibration samples; the last batches are kept aside to choose the best step. Repeatable for one seed."""
+    student = Student(graph, plan, target, config.pairs)
     feeds = {name: torch.from_numpy(array) for name, array in data.stacked().items()}
-    count = len(data) - config.batch if len(data) > config.batch else len(data)
-    aside = {name: x[-config.batch :] for name, x in feeds.items()}
-    run = _Run(student, config)
+    kept = min(ASIDE * config.batch, len(data) // 4) or len(data)
+    count = len(data) - kept if len(data) > kept else len(data)
+    aside = {name: x[-kept:] for name, x in feeds.items()}
     picks = np.random.default_rng(config.seed)
-    order = [picks.choice(count, min(config.batch, count), replace=False) for _ in range(config.steps)]
-    with torch.no_grad():
-        run.judge(float(teacher.loss(student, aside)))
-    for step in track(range(run.step, config.steps), config.steps - run.step, "training"):
-        run.descend(teacher.loss(student, {name: x[order[step]] for name, x in feeds.items()}))
-        if run.step % config.check == 0 or run.step == config.steps:
-            with torch.no_grad():
-                run.judge(float(teacher.loss(student, aside)))
-            if run.stale >= config.patience:
-                break
-    run.restore()
+    for number, stage in enumerate(_stages(graph, student, config)):
+        run = _Run(student, stage.parameters, config, number)
+        order = [picks.choice(count, min(config.batch, count), replace=False) for _ in range(config.steps)]
+        with torch.no_grad():
+            run.judge(float(stage.loss(student, aside)))
+        for step in track(range(run.step, config.steps), config.steps - run.step, "training"):
+            run.descend(stage.loss(student, {name: x[order[step]] for name, x in feeds.items()}))
+            if run.step % config.check == 0 or run.step == config.steps:
+                with torch.no_grad():
+                    run.judge(float(stage.loss(student, aside)))
+                if run.stale >= config.patience:
+                    break
+        run.restore()
     return student.fold()
 
 
 class _Run:
-    """Optimizer, schedule, and the best parameters so far."""
+    """Optimizer and schedule of some parameters, and their best values so far."""
 
-    def __init__(self, student: Student, config: Train):
+    def __init__(self, student: Student, parameters: Sequence[str], config: Train, number: int):
         self.student, self.config = student, config
         rates = {"scale": config.scale_rate, "clip": config.clip_rate, "range": config.range_rate}
-        groups = [{"params": list(student.parameters[kind].values()), "lr": rate} for kind, rate in rates.items()]
+        mine = {name: student.parameters[name] for name in parameters}
+        groups = [
+            {"params": [p for name, p in mine.items() if name.startswith(f"{kind} ")], "lr": rate}
+            for kind, rate in rates.items()
+        ]
+        for name, parameter in student.parameters.items():
+            parameter.requires_grad_(name in mine and rates[name.split()[0]] > 0)
         self.optimizer = torch.optim.Adam([group for group in groups if group["lr"] and group["params"]])
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, config.steps)
         self.step, self.stale, self.least = 0, 0, math.inf
         self.best = student.state()
-        self.file = Path(config.checkpoint) if config.checkpoint else None
+        self.file = (
+            Path(f"{config.checkpoint}.{number}" if number else config.checkpoint) if config.checkpoint else None
+        )
         if self.file is not None and self.file.is_file():
             self._load(torch.load(self.file, weights_only=True))
 
@@ -110,14 +127,14 @@ class _Run:
         self.schedule.load_state_dict(kept["schedule"])
 
 
-class Teacher:
-    """The float graph and what the student is compared on."""
+@dataclass(frozen=True)
+class _Stage:
+    """What is trained together (names of parameters), and the value of the float graph that it is compared on."""
 
-    def __init__(self, graph: Graph, loss: str):
-        self.graph, self.watched = graph, graph.outputs[0]
-        self.divergence = loss == "kl"
-        if not self.divergence:
-            self.watched = _last_hidden(graph)
+    graph: Graph
+    watched: str
+    parameters: tuple[str, ...]
+    divergence: bool
 
     def loss(self, student: Student, feeds: Mapping[str, torch.Tensor]) -> torch.Tensor:
         with torch.no_grad():
@@ -127,6 +144,20 @@ class Teacher:
             return ((got - wanted) ** 2).mean() / (wanted**2).mean()
         p, q = (torch.log_softmax(x, -1) for x in (wanted, got))
         return (p.exp() * (p - q)).sum(-1).mean()
+
+
+def _stages(graph: Graph, student: Student, config: Train) -> list[_Stage]:
+    """Everything at once, or one block of the graph (``layers.N``) after another on the error of its output."""
+    if not config.blocks:
+        watched = graph.outputs[0] if config.loss == "kl" else _last_hidden(graph)
+        return [_Stage(graph, watched, tuple(student.homes), config.loss == "kl")]
+    last = {match[0]: node.output for node in graph.nodes if (match := _BLOCK.match(node.source))}
+    return [
+        _Stage(
+            graph, output, tuple(n for n, home in student.homes.items() if f"{home}.".startswith(f"{block}.")), False
+        )
+        for block, output in last.items()
+    ]
 
 
 def _scored(x: torch.Tensor) -> torch.Tensor:
@@ -152,11 +183,12 @@ def _evaluate(graph: Graph, known: Tensors, wanted: str) -> torch.Tensor:
 
 
 class Student:
-    """The float graph with every value rounded as the plan says, in torch, differentiable in its parameters:
-    ``scale`` (log of the free scales), ``clip`` (logit per weight channel or block) and ``range`` (per encoding the
-    change of log scale, and of the zero point as a share of all codes)."""
+    """The float graph with every value rounded as the plan says, in torch, differentiable in its ``parameters``:
+    ``scale GROUP`` (logs of free scales), ``clip NODE`` (logit per weight channel or block) and ``range ENCODING`` (of
+    8-bit encodings the change of log scale, and of the zero point as a share of all codes). ``homes``: the module of
+    each that is learned. pairs: "norms" or "all", the groups whose scales are learned."""
 
-    def __init__(self, graph: Graph, plan: Plan, target: Target):
+    def __init__(self, graph: Graph, plan: Plan, target: Target, pairs: str = "all"):
         self.graph, self.plan, self.channels = graph, plan, find_channels(graph)
         self.constants = {value.name: torch.from_numpy(np.array(value.data)) for value in graph.constants()}
         self.labels = {
@@ -165,30 +197,39 @@ class Student:
             ]
             for key, parts in self.channels.constants.items()
         }
-        self.keys = _encodings(graph, plan)
-        fixed, symmetric = _constrained(graph, target, self.keys)
-        self.symmetric = symmetric
-        zeros = {key: torch.zeros(1 if key in symmetric else 2) for key in set(self.keys.values()) - fixed}
-        self.names = {key: f"{key[0]} {key[1]} {key[2]}" for key in zeros}
-        clips = {node.output: self._first_clip(node) for node in graph.nodes if self._has_weight(node)}
-        self.parameters: dict[str, Tensors] = {
-            "scale": {"all": torch.zeros(self.channels.count)},
-            "clip": clips,
-            "range": {self.names[key]: zeros[key] for key in sorted(zeros, key=self.names.__getitem__)},
-        }
-        for parameter in self._all().values():
-            parameter.requires_grad_()
-
-    def _all(self) -> Tensors:
-        return {f"{kind} {name}": p for kind, named in self.parameters.items() for name, p in named.items()}
+        self.keys, made = _encodings(graph, plan), graph.producers()
+        fixed, self.symmetric = _constrained(graph, target, self.keys)
+        self.parameters: Tensors = {}
+        self.homes: dict[str, str] = {}
+        self.scales = [f"scale {group.name}" for group in self.channels.groups]
+        for name, group in zip(self.scales, self.channels.groups, strict=True):
+            self.parameters[name] = torch.zeros(group.last - group.first)
+            if pairs == "all" or all(made[node].op in NORMS for node in group.up):
+                self.homes[name] = made[group.up[0]].source
+        for node in graph.nodes:
+            if self._has_weight(node):
+                self.parameters[f"clip {node.output}"] = self._first_clip(node)
+                self.homes[f"clip {node.output}"] = node.source
+        self.names: dict[Key, str] = {}
+        for place, key in self.keys.items():
+            node = made.get(place[0] if isinstance(place, tuple) else place)
+            if node is not None and key[1] == "u8" and key not in fixed and key not in self.names:
+                self.names[key] = name = f"range {key[0]} {key[2]} {key[3]}"
+                self.parameters[name] = torch.zeros(1 if key in self.symmetric else 2)
+                self.homes[name] = node.source
 
     def state(self) -> Tensors:
-        return {name: parameter.detach().clone() for name, parameter in self._all().items()}
+        return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
         with torch.no_grad():
-            for name, parameter in self._all().items():
+            for name, parameter in self.parameters.items():
                 parameter.copy_(state[name])
+
+    @property
+    def log_scale(self) -> torch.Tensor:
+        """Of all scales by number, 0 first."""
+        return torch.cat([torch.zeros(1), *(self.parameters[name] for name in self.scales)])
 
     def _has_weight(self, node: Node) -> bool:
         shared = sum(n.inputs[1:2] == node.inputs[1:2] and n.op in LAYERS for n in self.graph.nodes)
@@ -215,7 +256,7 @@ class Student:
 
     def __call__(self, feeds: Mapping[str, torch.Tensor], wanted: str) -> torch.Tensor:
         """The value ``wanted`` as the integer graph would have it, up to its arithmetic's own rounding."""
-        log_scale = torch.cat([torch.zeros(1), self.parameters["scale"]["all"]])
+        log_scale = self.log_scale
         known = {name: self.encoded(x, name) for name, x in feeds.items()}
         for node in self.graph.nodes:
             operands = [self.operand(node, i, known, log_scale) for i in range(len(node.inputs))]
@@ -256,7 +297,7 @@ class Student:
 
     def encoding(self, key: Key) -> tuple[torch.Tensor, torch.Tensor]:
         _, dtype, scale, zero = key
-        change = self.parameters["range"].get(self.names.get(key, ""))
+        change = self.parameters.get(self.names.get(key, ""))
         s, z = torch.tensor([scale]), torch.tensor([float(zero)])
         if change is not None:
             s = s * change[:1].exp()
@@ -267,7 +308,7 @@ class Student:
     def bound(self, node: Node, w: torch.Tensor) -> torch.Tensor:
         """Largest magnitude that is kept per channel or block, [O, blocks, 1]."""
         peaks = w.reshape(*self._blocks(node), -1).abs().amax(2, keepdim=True).clamp_min(1e-9)
-        clip = self.parameters["clip"].get(node.output)
+        clip = self.parameters.get(f"clip {node.output}")
         return peaks if clip is None else peaks * torch.sigmoid(clip)[..., None]
 
     def weight(self, node: Node, w: torch.Tensor) -> torch.Tensor:
@@ -285,18 +326,20 @@ class Student:
         return rounded.reshape(w.shape)
 
     def fold(self) -> tuple[Graph, Plan]:
-        """The graph with scales and clipping in its weights, and the plan with the learned encodings."""
-        log_scale = self.parameters["scale"]["all"].detach().double().numpy()
-        graph = self.channels.rescale(self.graph, log_scale)
-        clipped, nodes = {}, graph.producers()
-        for node in self.graph.nodes:
-            if node.output in self.parameters["clip"]:
-                w = torch.from_numpy(np.array(graph.values[nodes[node.output].inputs[1]].data))
-                bound = self.bound(node, w).detach()
-                clipped[node.output, 1] = w.reshape(*bound.shape[:2], -1).clamp(-bound, bound).reshape(w.shape).numpy()
+        """The graph with the scales in its constants (the function is the same), and the plan with the encodings that
+        were learned, those of weights included."""
+        graph = self.channels.rescale(self.graph, self.log_scale[1:].detach().double().numpy())
         types = {name: self.learned(kind, name) for name, kind in self.plan.types.items()}
         reads = {place: self.learned(kind, place) for place, kind in self.plan.reads.items()}
-        return with_constants(graph, clipped), replace(self.plan, types=types, reads=reads)
+        plan, constants = replace(self.plan, types=types, reads=reads), dict(self.plan.constants)
+        for node in graph.nodes:
+            if f"clip {node.output}" not in self.parameters:
+                continue
+            w = torch.from_numpy(np.array(graph.values[node.inputs[1]].data))
+            bound = self.bound(node, w).detach()
+            clipped = w.reshape(*bound.shape[:2], -1).clamp(-bound, bound).reshape(w.shape).numpy()
+            constants[node.inputs[1]] = first_encoding(graph, plan, node, "minmax", clipped)[0]
+        return graph, replace(plan, constants=constants)
 
     def learned(self, kind: TensorType, place: Any) -> TensorType:
         if self.keys[place] not in self.names:
@@ -333,6 +376,6 @@ def _constrained(graph: Graph, target: Target, keys: Mapping[Any, Key]) -> tuple
 
 def _own_range(x: torch.Tensor, dtype: str) -> torch.Tensor:
     """A constant operand of an activation op, rounded over the range it has."""
-    q = affine((float(x.min()), float(x.max())), dtype)
+    q = affine((float(x.detach().min()), float(x.detach().max())), dtype)
     low, high = RANGE[dtype]
     return torch.fake_quantize_per_tensor_affine(x, float(q.scale), q.zero, low, high)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from edgeforge.data import load_tokenizer
 from edgeforge.errors import InvalidInput
 from edgeforge.ir.graph import Graph
 from edgeforge.ir.op import OPS
+from edgeforge.llm.prefix import prefix_of
 from edgeforge.llm.quantize import read_texts
 from edgeforge.llm.session import Session, opened
 from edgeforge.llm.steps import positions_and_masks
@@ -86,11 +87,11 @@ def simulator_scorer(bundle: Bundle, fake: bool = False) -> Scorer:
     graphs = {part.part: with_profile(part.graph, bundle.target.numerics) for part in bundle.parts}
     graphs["prefill"] = all_logits(graphs["prefill"])
     steps = {name: lambda feeds, graph=graph: run(graph, feeds) for name, graph in graphs.items()}
-    record = bundle.manifest.language
+    record, prefix = bundle.manifest.language, prefix_of(bundle)
     assert record is not None
 
     def score(ids: np.ndarray) -> np.ndarray:
-        return _scores(Session(graphs, steps, record.windows, len(ids)), ids, chunked=True)
+        return _scores(Session(graphs, steps, record.windows, prefix, len(ids)), ids, chunked=True)
 
     return score
 
@@ -119,7 +120,7 @@ def scoring(bundle: Bundle, backend: str) -> Iterator[Session]:
         chosen.compile(graph, bundle.target, Path(folder))
         with chosen.opened(Path(folder), graph, bundle.target) as prefill:
             graphs, steps = ({**session.graphs, "prefill": graph}, {**session.steps, "prefill": prefill})
-            yield Session(graphs, steps, session.windows)
+            yield Session(graphs, steps, session.windows, session.prefix)
 
 
 def _scores(session: Session, ids: np.ndarray, chunked: bool) -> np.ndarray:
@@ -153,9 +154,9 @@ def all_logits(graph: Graph) -> Graph:
     return graph.rebuild(nodes, values)
 
 
-def rounded(graph: Graph, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def rounded(graph: Graph, feeds: Mapping[str, np.ndarray], exact: Collection[str] = ()) -> dict[str, np.ndarray]:
     """An integer graph in float arithmetic, every result rounded to its encoding (what QDQ simulations compute): codes
-    in, codes out."""
+    in, codes out. Results named in ``exact`` stay as they are, floats."""
     import torch
 
     def real(name: str, codes: np.ndarray) -> torch.Tensor:
@@ -170,8 +171,9 @@ def rounded(graph: Graph, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarr
         for node in graph.nodes:
             made = OPS[node.op].torch(torch, graph.view(node), *(known[name] for name in node.inputs))
             kind = graph.type(node.output)
-            codes = made.numpy() if kind.q is None else kind.q.quantize(made.numpy(), kind.dtype)
-            known[node.output] = real(node.output, codes)
+            free = kind.q is None or node.output in exact
+            codes = made.numpy() if kind.q is None or free else kind.q.quantize(made.numpy(), kind.dtype)
+            known[node.output] = made if free else real(node.output, codes)
             if node.output in graph.outputs:
                 found[node.output] = codes
             for name in set(node.inputs):

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeforge.bundle import LanguageRecord, port
+from edgeforge.bundle import LanguageRecord, load_arrays, port
 from edgeforge.data import load_tokenizer
 from edgeforge.errors import InvalidInput
 from edgeforge.ir.graph import Graph
-from edgeforge.llm.quantize import Part, Steps, read_texts, token_sequences
+from edgeforge.llm.prefix import FILE as PREFIX
+from edgeforge.llm.prefix import Prefix
+from edgeforge.llm.quantize import Quantized, Steps, read_texts, token_sequences
 from edgeforge.llm.session import Session
 from edgeforge.models import Model
 from edgeforge.recipe import Recipe
@@ -34,12 +36,13 @@ def calibration_tokens(model: Model, recipe: Recipe, source: str | Mapping[str, 
     assert language is not None
     if source == "random":
         rng = np.random.default_rng(0)
-        return rng.integers(0, language.config.vocab, (8, shape.context)).tolist(), "random ids"
+        found = rng.integers(0, language.config.vocab, (8, shape.context)).tolist()
+        return [ids if language.bos is None else [language.bos, *ids[1:]] for ids in found], "random ids"
     if not isinstance(source, str):
         raise InvalidInput("a language model is calibrated on text -> a .txt, a .json list of strings, or random")
     path = Path(str(model.data("calibration"))) if source == "embedded" else Path(source)
     found = token_sequences(read_texts(path), language.encoder(), language.bos, shape.context)
-    found = [ids for ids in found if len(ids) >= shape.chunk]
+    found = [ids for ids in found if len(ids) >= shape.chunk + shape.prefix]
     if not found:
         raise InvalidInput(
             f"text {path.name}: no text of {shape.chunk} tokens -> longer texts, or --set language.chunk=N"
@@ -47,16 +50,14 @@ def calibration_tokens(model: Model, recipe: Recipe, source: str | Mapping[str, 
     return found, path.name
 
 
-def golden_steps(
-    language: Language, recipe: Recipe, parts: Mapping[str, Part], ids: Sequence[int]
-) -> dict[str, np.ndarray]:
+def golden_steps(made: Quantized, recipe: Recipe, ids: Sequence[int]) -> dict[str, np.ndarray]:
     """Inputs (real and codes), float outputs and the simulator's integers: a first step and the last of ``ids``; those
     of prefill under ``prefill/``."""
-    made = {}
-    for name, part in parts.items():
+    found = {}
+    for name, part in made.parts.items():
         chunk = part.graph.type("ids").shape[1]
-        starts = sorted({0, len(ids) - chunk})[:GOLDEN]
-        real = Steps(language, (), chunk, recipe.language.context).feeds(ids, starts)
+        steps = Steps(made.found.language, (), chunk, recipe.language.context, made.found.first)
+        real = steps.feeds(ids, sorted({steps.prefix, len(ids) - chunk})[:GOLDEN])
         codes = quantize_feeds(part.graph, real)
         arrays = {
             "real": real,
@@ -65,21 +66,23 @@ def golden_steps(
             "output": simulate(part.graph, codes),
         }
         prefix = "prefill/" if name == "prefill" else ""
-        made |= {f"{prefix}{kind}/{n}": array for kind, found in arrays.items() for n, array in found.items()}
-    return made
+        found |= {f"{prefix}{kind}/{n}": array for kind, some in arrays.items() for n, array in some.items()}
+    return found
 
 
 def describe(
     language: Language, recipe: Recipe, graphs: Mapping[str, Graph], ids: Sequence[int], folder: Path
 ) -> LanguageRecord:
-    """Write tokenizer and template into ``folder``; the record of the manifest, with a golden generation behind
-    the first tokens of ``ids``."""
+    """Write tokenizer and template into ``folder`` (where the prefix lies already); the record of the manifest, with a
+    golden generation behind the first tokens of ``ids``."""
     (folder / TOKENIZER).write_text(language.tokenizer)
     if language.chat_template is not None:
         (folder / TEMPLATE).write_text(language.chat_template)
     load_tokenizer(folder / TOKENIZER)
     steps = {name: lambda feeds, graph=graph: simulate(graph, feeds) for name, graph in graphs.items()}
-    session, prompt = Session(graphs, steps, language.config.masks), list(ids[:PROMPT])
+    file = folder / PREFIX
+    prefix = Prefix(ids[0], load_arrays(file)) if file.is_file() else None
+    session, prompt = Session(graphs, steps, language.config.masks, prefix), list(ids[:PROMPT])
     greedy: list[int] = []
     tokens = prompt
     for _ in range(min(GREEDY, recipe.language.context - len(prompt))):
@@ -92,6 +95,7 @@ def describe(
         windows=language.config.masks,
         bos=language.bos,
         stop=language.config.stop,
+        prefix=None if prefix is None else PREFIX,
         tokenizer=TOKENIZER,
         chat_template=None if language.chat_template is None else TEMPLATE,
         prompt=tuple(prompt),

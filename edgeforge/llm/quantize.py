@@ -12,7 +12,9 @@ import numpy as np
 
 from edgeforge.errors import InvalidInput
 from edgeforge.ir.graph import Graph
-from edgeforge.llm.steps import positions_and_masks
+from edgeforge.llm.prefix import Cache, Prefix, in_codes
+from edgeforge.llm.steps import positions_and_masks, within_masks
+from edgeforge.llm.windows import Compressed, compressed
 from edgeforge.measured import measure
 from edgeforge.progress import track
 from edgeforge.quantize.assign import assign, bits
@@ -26,23 +28,27 @@ from edgeforge.target import Target
 if TYPE_CHECKING:
     from edgeforge.frontend.language import Language
 
-#: exp of it is nothing at 16 bits: how far blocked scores lie below all others.
-MARGIN = 16.0
-
 
 @dataclass(frozen=True)
 class Steps:
     """The steps of ``chunk`` tokens that process each sequence, as one batch of feeds per sequence: the cache before
-    each step comes from one pass of the float model. Tokens behind the last full chunk are left out."""
+    each step comes from one pass of the float model. Tokens behind the last full chunk are left out. ``first``: what is
+    known of the prefix, which no step processes."""
 
     language: Language
     sequences: Sequence[Sequence[int]]
     chunk: int
     context: int
+    first: Cache = ()
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         for ids in track(self.sequences, len(self.sequences), "calibrating"):
-            yield self.feeds(ids, range(0, len(ids) - self.chunk + 1, self.chunk))
+            yield self.feeds(ids, range(self.prefix, len(ids) - self.chunk + 1, self.chunk))
+
+    @property
+    def prefix(self) -> int:
+        """Tokens that lie in the cache beforehand."""
+        return int(len(self.first) > 0)
 
     def feeds(self, ids: Sequence[int], starts: Sequence[int]) -> dict[str, np.ndarray]:
         """One sample per start: the step that follows the first ``start`` tokens of ``ids``."""
@@ -63,15 +69,19 @@ class Steps:
         """Per layer float keys [kv_heads, head_dim, N] and values [kv_heads, N, head_dim] of all tokens."""
         import torch
 
-        c, count = self.language.config, len(ids)
-        made = positions_and_masks([0], count, count, 0, c.masks)
-        empty = [torch.zeros(1, c.kv_heads, c.head_dim, 0), torch.zeros(1, c.kv_heads, 0, c.head_dim)] * c.layers
+        c, known = self.language.config, self.prefix
+        count = len(ids) - known
+        made = positions_and_masks([known], count, count, known, c.masks)
+        empty = (np.zeros((c.kv_heads, c.head_dim, 0), np.float32), np.zeros((c.kv_heads, 0, c.head_dim), np.float32))
+        first = self.first or [empty] * c.layers
         with torch.no_grad():
             decoder = self.language.decoder(self.context)
             decoder.last_only = True
-            _, *rest = decoder(torch.tensor([list(ids)]), *map(torch.from_numpy, made), *empty)
+            past = [torch.from_numpy(array[None]) for layer in first for array in layer]
+            _, *rest = decoder(torch.tensor([list(ids[known:])]), *map(torch.from_numpy, made), *past)
         arrays = [tensor[0].numpy() for tensor in rest]
-        return list(zip(arrays[::2], arrays[1::2], strict=True))
+        new = zip(first, arrays[::2], arrays[1::2], strict=True)
+        return [(np.concatenate([k, keys], 2), np.concatenate([v, values], 1)) for (k, v), keys, values in new]
 
 
 @dataclass(frozen=True)
@@ -82,11 +92,63 @@ class Part:
     graph: Graph
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """What every graph of a language model is made from: its weights and prefix, and the range of every value."""
+
+    found: Compressed
+    ranges: Mapping[str, Range]
+    recipe: Recipe
+    target: Target
+
+    def part(self, name: str, tokens: int, made: Part | None = None, last_only: bool = True) -> Part:
+        """The graph of a step of ``tokens`` tokens. made: another part, whose weights are taken."""
+        language, recipe = self.found.language, self.recipe
+        real = language.graph(f"{language.name}-{name}", tokens, recipe.language.context, last_only)
+        if Precision(recipe.precision).dynamic:
+            return Part(real, dynamic_linears(real, recipe, made and made.graph))
+        graph, plan = self.found.applied(real, assign(real, self.ranges, recipe, self.target))
+        method = "mse" if recipe.weights == "mse" else "minmax"
+        return Part(real, convert(graph, plan, self.target, method, made and made.graph))
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """``parts``: "prefill" and "decode"."""
+
+    parts: Mapping[str, Part]
+    found: Compressed
+    prefix: Prefix | None
+    notes: tuple[str, ...]
+
+
+def encoded(
+    language: Language, recipe: Recipe, target: Target, sequences: Sequence[Sequence[int]], step: Step = at_once
+) -> Encoded:
+    """Weights by the recipe's methods and ranges by its estimator. sequences: token ids, at least one full chunk each,
+    led by the model's BOS if the recipe wants a prefix."""
+    chunk, context = recipe.language.chunk, recipe.language.context
+    sequences = [s for s in sequences if len(s) >= chunk + recipe.language.prefix][: recipe.calibration.samples]
+    first: Cache = ()
+    if recipe.language.prefix and language.bos is not None:
+        first = Steps(language, (), chunk, context).cache([language.bos])
+    if Precision(recipe.precision).dynamic:
+        return Encoded(Compressed(language, first), {}, recipe, target)
+    found = compressed(language, recipe, target, sequences, first)
+
+    def calibrated() -> dict[str, Range]:
+        whole = found.language.graph("calibration", chunk, context)
+        steps = Steps(found.language, sequences, chunk, context, found.first)
+        how, widths = recipe.calibration, bits(whole, recipe, target)
+        return within_masks(whole, calibrate(whole, steps, how.method, widths, how.percentile))
+
+    return Encoded(found, step("ranges", calibrated), recipe, target)
+
+
 def quantize_language(
     language: Language, recipe: Recipe, target: Target, sequences: Sequence[Sequence[int]], step: Step = at_once
-) -> tuple[dict[str, Part], tuple[str, ...]]:
-    """Both graphs, and notes on what was changed and measured. sequences: token ids, at least one full chunk each.
-    step: see `edgeforge.steps`.
+) -> Quantized:
+    """Both graphs. sequences: see `encoded`; step: see `edgeforge.steps`.
 
     Raises Unsupported with every node that the target cannot run as asked."""
     chunk, context = recipe.language.chunk, recipe.language.context
@@ -94,41 +156,35 @@ def quantize_language(
         raise InvalidInput(f"language.chunk {chunk} is not below language.context {context} -> --set language.chunk=N")
     if recipe.bias_correction:
         raise InvalidInput("bias_correction is not offered for language models -> --set bias_correction=0")
-    precision = Precision(recipe.precision)
-    padded, notes = language.padded(precision.block or 1), ()
+    precision, notes = Precision(recipe.precision), ()
+    padded = language.padded(precision.block or 1)
     if padded is not language:
         notes = (f"MLP padded with zeros from {language.config.hidden} to {padded.config.hidden} features (blocks)",)
-    language = padded
-    if precision.dynamic:
-        return _dynamic(language, recipe), notes
-
-    def calibrated() -> dict[str, Range]:
-        whole = language.graph("calibration", chunk, context)
-        steps = Steps(language, [s for s in sequences if len(s) >= chunk][: recipe.calibration.samples], chunk, context)
-        how, widths = recipe.calibration, bits(whole, recipe, target)
-        return within_masks(whole, calibrate(whole, steps, how.method, widths, how.percentile))
-
-    ranges = step("ranges", calibrated)
-    parts: dict[str, Part] = {}
-    for name, tokens in (("prefill", chunk), ("decode", 1)):
-        real = language.graph(f"{language.name}-{name}", tokens, context, last_only=True)
-        plan, first = assign(real, ranges, recipe, target), parts.get("prefill")
-        made = convert(real, plan, target, recipe.weights, first and first.graph)
-        parts[name] = Part(real, made)
-    decode, measured = measure(parts["decode"].graph, target)
-    parts["decode"] = replace(parts["decode"], graph=decode)
-    parts["prefill"] = replace(parts["prefill"], graph=_with_tables(parts["prefill"].graph, decode))
-    return parts, notes + measured
+    if precision.dynamic and (recipe.compress or recipe.train or recipe.weights != "minmax"):
+        notes += (f"{precision.name}: weights as they are, compress, train and weights are for static activations",)
+    made = encoded(padded, recipe, target, sequences, step)
+    prefill = made.part("prefill", chunk)
+    decode = made.part("decode", 1, prefill)
+    if not precision.dynamic:
+        measured, more = measure(decode.graph, target)
+        decode, notes = replace(decode, graph=measured), notes + more
+        prefill = replace(prefill, graph=_with_tables(prefill.graph, measured))
+    prefix = None
+    if made.found.first and language.bos is not None:
+        prefix = in_codes(language.bos, made.found.first, first_logits(language, context), decode.graph)
+    return Quantized({"prefill": prefill, "decode": decode}, made.found, prefix, notes)
 
 
-def _dynamic(language: Language, recipe: Recipe) -> dict[str, Part]:
-    """Both graphs with dynamic linears, on the same codes."""
-    parts: dict[str, Part] = {}
-    for name, tokens in (("prefill", recipe.language.chunk), ("decode", 1)):
-        real = language.graph(f"{language.name}-{name}", tokens, recipe.language.context, last_only=True)
-        first = parts.get("prefill")
-        parts[name] = Part(real, dynamic_linears(real, recipe, first and first.graph))
-    return parts
+def first_logits(language: Language, context: int) -> np.ndarray:
+    """Float logits [vocab] behind BOS."""
+    import torch
+
+    c = language.config
+    made = positions_and_masks([0], 1, 1, 0, c.masks)
+    empty = [torch.zeros(1, c.kv_heads, c.head_dim, 0), torch.zeros(1, c.kv_heads, 0, c.head_dim)] * c.layers
+    with torch.no_grad():
+        logits, *_ = language.decoder(context)(torch.tensor([[language.bos]]), *map(torch.from_numpy, made), *empty)
+    return logits[0, -1].numpy()
 
 
 def _with_tables(graph: Graph, measured: Graph) -> Graph:
@@ -139,22 +195,6 @@ def _with_tables(graph: Graph, measured: Graph) -> Graph:
         other = known.get(node.output, node)
         nodes.append(replace(node, rule=other.rule, fixed=other.fixed) if "table" in other.fixed else node)
     return graph.rebuild(nodes)
-
-
-def within_masks(graph: Graph, ranges: Mapping[str, Range]) -> dict[str, Range]:
-    """Ranges in which masks waste nothing: blocked scores get the lowest code, MARGIN below all others.
-
-    The mask reaches far enough for that from the highest score: whatever is blocked has the same code, in prefill and
-    in decode alike."""
-    changed, reach = dict(ranges), {}
-    for node in graph.nodes:
-        masks = [name for name in node.inputs if name.startswith("mask.")]
-        if node.op == "add" and masks:
-            (scores,) = (name for name in node.inputs if name not in masks)
-            low, high = ranges[scores]
-            changed[node.output] = (low - MARGIN, high)
-            reach[masks[0]] = min(reach.get(masks[0], 0.0), low - high - MARGIN)
-    return changed | {mask: (low, 0.0) for mask, low in reach.items()}
 
 
 def read_texts(path: Path) -> list[str]:

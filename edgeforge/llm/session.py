@@ -14,19 +14,25 @@ from edgeforge.bundle import Bundle
 from edgeforge.errors import InvalidInput, MissingDependency
 from edgeforge.ir.graph import Graph
 from edgeforge.ir.types import NUMPY
+from edgeforge.llm.prefix import Prefix, prefix_of
 from edgeforge.llm.steps import pieces, positions_and_masks
 
 
 class Session:
     """``batch`` sequences of equal length (artifacts take one). graphs, steps: by "prefill" and "decode"; windows: of
-    the mask inputs.
+    the mask inputs; prefix: what lies in the cache at the beginning.
 
     The cache holds codes by the names of the graphs' inputs, position p in row p; a graph reads its first rows."""
 
     def __init__(
-        self, graphs: Mapping[str, Graph], steps: Mapping[str, Step], windows: Sequence[int | None], batch: int = 1
+        self,
+        graphs: Mapping[str, Graph],
+        steps: Mapping[str, Step],
+        windows: Sequence[int | None],
+        prefix: Prefix | None = None,
+        batch: int = 1,
     ):
-        self.graphs, self.steps, self.windows, self.batch = graphs, steps, windows, batch
+        self.graphs, self.steps, self.windows, self.prefix, self.batch = graphs, steps, windows, prefix, batch
         decode = graphs["decode"]
         self.chunk = graphs["prefill"].type("ids").shape[1]
         self.context = decode.type("mask.0").shape[-1]
@@ -35,8 +41,8 @@ class Session:
         self.restart()
 
     def restart(self) -> None:
-        """An empty cache: every row holds 0."""
-        self.start = 0
+        """A cache of rows that hold 0, behind the prefix if there is one."""
+        self.start, self.untouched = 0, self.prefix is not None
         self.cache: dict[str, np.ndarray] = {}
         for name in self.graphs["decode"].inputs:
             kind = self.graphs["decode"].type(name)
@@ -44,6 +50,11 @@ class Session:
                 shape = [self.batch, *kind.shape[1:]]
                 shape[3 if name.startswith("past_keys") else 2] = self.context
                 self.cache[name] = np.full(shape, 0 if kind.q is None else kind.q.zero, NUMPY[kind.dtype])
+                if self.prefix is not None:
+                    keys = name.startswith("past_keys")
+                    first = (..., slice(1)) if keys else (slice(None), slice(None), slice(1))
+                    self.cache[name][first] = self.prefix.arrays[name]
+                    self.start = 1
 
     def feed(self, tokens: Sequence[int]) -> np.ndarray:
         """Process ``tokens`` of the one sequence; the codes [vocab] of the logits behind the last.
@@ -55,7 +66,15 @@ class Session:
 
     def walk(self, tokens: np.ndarray, chunked: bool = True) -> Iterator[tuple[int, np.ndarray]]:
         """Process tokens [B, N] step by step: how many were taken, and the codes [B, 1 or more, vocab] of what the
-        step's graph says of them (the last row behind the last token). ``chunked``: with prefill steps."""
+        step's graph says of them (the last row behind the last token). ``chunked``: with prefill steps. A text that
+        begins with the prefix's token takes what is known of it."""
+        if self.untouched and self.prefix is not None and (tokens[:, :1] == self.prefix.token).all() and tokens.size:
+            self.seconds.append((1, 0.0))
+            self.untouched = False
+            yield 1, np.repeat(self.prefix.arrays["logits"], self.batch, 0)
+            if not (tokens := tokens[:, 1:]).size:
+                return
+        self.untouched = False
         total = tokens.shape[1]
         if not total or self.start + total > self.context:
             raise InvalidInput(
@@ -122,4 +141,4 @@ def opened(bundle: Bundle, backend: str) -> Iterator[Session]:
             for name, part in parts.items()
         }
         graphs = {name: part.graph for name, part in parts.items()}
-        yield Session(graphs, steps, bundle.manifest.language.windows)
+        yield Session(graphs, steps, bundle.manifest.language.windows, prefix_of(bundle))

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from edgeforge.ir.graph import Graph
+from edgeforge.quantize.calibrate import Range
+
 #: Added to the scores of what a token does not see. The mask's encoding need not reach so far: it saturates.
 BLOCKED = np.float32(-100)
+
+#: exp of it is nothing at 16 bits: how far blocked scores lie below all others.
+MARGIN = 16.0
 
 
 def positions_and_masks(
@@ -42,3 +48,19 @@ def pieces(count: int, start: int, chunk: int, context: int) -> list[int]:
         fits = start + sum(sizes) <= context - chunk
         sizes.append(size if size > 1 and fits else 1)
     return sizes
+
+
+def within_masks(graph: Graph, ranges: Mapping[str, Range]) -> dict[str, Range]:
+    """Ranges in which masks waste nothing: blocked scores get the lowest code, MARGIN below all others.
+
+    The mask reaches far enough for that from the highest score: whatever is blocked has the same code, in prefill and
+    in decode alike."""
+    changed, reach = dict(ranges), {}
+    for node in graph.nodes:
+        masks = [name for name in node.inputs if name.startswith("mask.")]
+        if node.op == "add" and masks:
+            (scores,) = (name for name in node.inputs if name not in masks)
+            low, high = ranges[scores]
+            changed[node.output] = (low - MARGIN, high)
+            reach[masks[0]] = min(reach.get(masks[0], 0.0), low - high - MARGIN)
+    return changed | {mask: (low, 0.0) for mask, low in reach.items()}

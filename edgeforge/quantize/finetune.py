@@ -31,7 +31,9 @@ def finetune(graph: Graph, plan: Plan, teacher: Graph, config: Finetune, data: D
     teacher: the float graph; its first output is compared, class or token logits on the last axis. Repeatable."""
     layers = {node.output: node for node in graph.nodes if node.op in LAYERS and node.inputs[1] in plan.constants}
     scales = {name: torch.zeros(len(_data(graph, node, 1)), requires_grad=True) for name, node in layers.items()}
-    shifts = {name: torch.zeros_like(scale, requires_grad=True) for name, scale in scales.items()}
+    shifts = {
+        name: torch.zeros_like(scales[name], requires_grad=True) for name in layers if len(layers[name].inputs) == 3
+    }
     optimizer = torch.optim.Adam(
         [
             {"params": [*scales.values()], "lr": config.scale_rate},
@@ -53,9 +55,10 @@ def finetune(graph: Graph, plan: Plan, teacher: Graph, config: Finetune, data: D
         for node in graph.nodes:
             given: dict[int, torch.Tensor] = {}
             if node.output in layers:
-                weight, bias = torch.from_numpy(_data(graph, node, 1)), torch.from_numpy(_data(graph, node, 2))
-                factor = scales[node.output].exp().reshape(-1, *[1] * (weight.ndim - 1))
-                given = {1: weight * factor, 2: bias + units[node.output] * shifts[node.output]}
+                weight = torch.from_numpy(_data(graph, node, 1))
+                given[1] = weight * scales[node.output].exp().reshape(-1, *[1] * (weight.ndim - 1))
+            if node.output in shifts:
+                given[2] = torch.from_numpy(_data(graph, node, 2)) + units[node.output] * shifts[node.output]
             known[node.output] = rounded_node(graph, plan, node, known, given)
         p = torch.log_softmax(torch.cat([wanted[i] for i in batch]), -1)
         loss = (p.exp() * (p - torch.log_softmax(known[output], -1))).sum(-1).mean()
@@ -63,7 +66,7 @@ def finetune(graph: Graph, plan: Plan, teacher: Graph, config: Finetune, data: D
         loss.backward()
         optimizer.step()
         schedule.step()
-    return _folded(graph, plan, layers, scales, {name: units[name] * shifts[name] for name in layers})
+    return _folded(graph, plan, layers, scales, {name: units[name] * shift for name, shift in shifts.items()})
 
 
 def _data(graph: Graph, node: Node, i: int) -> np.ndarray:
@@ -95,5 +98,6 @@ def _folded(
         q = replace(q, scale=(q.scale.T * factor).T.astype(np.float32))
         constants[node.inputs[1]] = replace(kind, q=q)
         changed[name, 1] = q.dequantize(codes)
-        changed[name, 2] = _data(graph, node, 2) + shifts[name].detach().numpy()
+        if name in shifts:
+            changed[name, 2] = _data(graph, node, 2) + shifts[name].detach().numpy()
     return with_constants(graph, changed), replace(plan, constants=constants)

@@ -33,7 +33,8 @@ WINDOWS = 256
 def gptq(graph: Graph, plan: Plan, batches: Iterable[Mapping[str, np.ndarray]], scales: str) -> tuple[Graph, Plan]:
     """``graph`` with the weights that the codes of its layers stand for, and ``plan`` with their encodings.
 
-    scales: "minmax" or "mse" (of channels; blocks have one rule). A weight that several layers share is left alone."""
+    scales: "minmax" or "mse" (of channels; blocks have one rule), where ``plan`` gives none. A weight that several
+    layers share is left alone."""
     nodes = [node for node in graph.nodes if own_weight(graph, node)]
     moments = _moments(graph, nodes, batches)
     rounded: dict[tuple[str, int], np.ndarray] = {}
@@ -41,7 +42,7 @@ def gptq(graph: Graph, plan: Plan, batches: Iterable[Mapping[str, np.ndarray]], 
     for node in nodes:
         data = graph.values[node.inputs[1]].data
         assert data is not None
-        kinds[node.output] = kind = first_encoding(graph, plan, node, scales)[0]
+        kinds[node.output] = kind = plan.constants.get(node.inputs[1]) or first_encoding(graph, plan, node, scales)[0]
         rounded[node.output, 1] = round_columns(data, kind, moments[_place(node)])
     graph = with_constants(graph, rounded)
     made = graph.producers()

@@ -4,7 +4,7 @@
     rounded graph   x' -> y' = W' x' + b'     W' = choose(layer),  b' = b + W mean(x) - W' mean(x')
 
 A layer sees what it really reads, so that it can make up for the rounding before it; the bias takes up the shift of
-the mean (bias correction as in `correct`). Activations are rounded as the plan says."""
+the mean (bias correction as in `correct`), where there is one. Activations are rounded as the plan says."""
 
 from __future__ import annotations
 
@@ -86,12 +86,12 @@ def choose_layerwise(graph: Graph, plan: Plan, batches: Batches, choose: Choose)
             layer = walk.layer(node)
             weight, kind = choose(layer)
             shift = _means(layer.weight, layer.exact) - _means(weight, layer.rounded)
-            bias = (layer.bias + shift).ravel().astype(np.float32)
             assert kind.q is not None
-            weight = kind.q.dequantize(kind.q.quantize(weight.reshape(kind.shape), kind.dtype))
-            changed |= {(node.output, 1): weight, (node.output, 2): bias}
+            given[1] = kind.q.dequantize(kind.q.quantize(weight.reshape(kind.shape), kind.dtype))
+            if len(node.inputs) == 3:
+                given[2] = (layer.bias + shift).ravel().astype(np.float32)
+            changed |= {(node.output, i): array for i, array in given.items()}
             kinds[node.output] = kind
-            given = {1: weight, 2: bias}
         walk.step(node, given)
     graph = with_constants(graph, changed)
     made = graph.producers()
@@ -115,15 +115,16 @@ def grouped(node: Node, weight: np.ndarray) -> np.ndarray:
     return weight.reshape(groups, len(weight) // groups, -1)
 
 
-def first_encoding(graph: Graph, plan: Plan, node: Node, scales: str) -> tuple[TensorType, np.ndarray | float]:
-    """The encoding of a layer's weight by itself, and its smallest scale per channel."""
-    precision, data = plan.precision[node.output], graph.values[node.inputs[1]].data
+def first_encoding(
+    graph: Graph, plan: Plan, node: Node, scales: str, data: np.ndarray | None = None
+) -> tuple[TensorType, np.ndarray | float]:
+    """The encoding of a layer's weight (or of ``data`` in its place) by itself, and its smallest scale per channel."""
+    precision, data = plan.precision[node.output], _data(graph, node, 1) if data is None else data
     least: np.ndarray | float = 0.0
     if len(node.inputs) == 3:
         bias, kind = graph.values[node.inputs[2]].data, plan.reads.get((node.output, 0), plan.types[node.inputs[0]])
         assert bias is not None and kind.q is not None
         least = least_scale(bias, float(kind.q.scale))
-    assert data is not None
     block = precision.block if node.op == "linear" else None
     return quantize_weight(node.inputs[1], data, precision.weights, block, scales, least).type, least
 

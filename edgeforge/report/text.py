@@ -60,6 +60,11 @@ def bundle_readme(target: Target, fields: dict[str, Any]) -> str:
         if record.islands:
             lines.append(f"  runs in float there: {len(record.islands)} node(s), listed in manifest.json")
         lines.append("")
+    if (language := fields.get("language")) and language["prefix"]:
+        lines += [
+            f"{language['prefix']} holds row 0 of the cache, of token {language['bos']}, which begins every text,",
+            "and the logits behind it. No graph computes that token: the next one is fed first, at position 1.",
+        ]
     lines += [
         "manifest.json gives the type of each input and output, of integer codes also scale and zero point.",
         "golden.safetensors holds inputs, float outputs and the simulator's outputs to compare with.",
