@@ -37,11 +37,13 @@ BATCH = 32
 #: Method -> recipe lines. All weights have the precision's bits, but where the name says otherwise.
 METHODS = {
     "rtn": ["weights=minmax", "bias_correction=0"],
+    "rtn + bias correction": ["weights=minmax", "bias_correction=32"],
     "mse + bias correction": ["weights=mse", "bias_correction=32"],
     "gptq + bias correction": ["weights=gptq", "bias_correction=32"],
     "seqmse": ["weights=seqmse"],
     "adaround": ["weights=adaround"],
     "gptaq": ["weights=gptaq"],
+    "gptaq + finetune": ["weights=gptaq", "finetune={}"],
 }
 #: What makes a row the same row.
 KEY = ("model", "method", "precision", "task", "protocol", "stress", "draw")

@@ -326,6 +326,12 @@ def document(tuned: Tuned) -> dict[str, Any]:
     return {"reached": tuned.reached, **scores, "recipe": recipe, "findings": findings}
 
 
+def _peaks(finding: Finding) -> str:
+    """The outliers of a layer, which are why it needs more bits."""
+    peaks = {"weights": finding.weight_peak, "input": finding.input_peak}
+    return "".join(f"; {part} up to {peak:.3g} rms" for part, peak in peaks.items() if peak is not None)
+
+
 def trail(tuned: Tuned) -> str:
     """The recipe as YAML, below comments that say what was found and what each promotion brought."""
     alone = {finding.move.node + finding.move.what: finding for finding in tuned.findings}
@@ -336,8 +342,7 @@ def trail(tuned: Tuned) -> str:
     ]
     for move in tuned.promoted:
         finding = alone[move.node + move.what]
-        lines.append(
-            f"#   {move.node} ({move.op}): {move.what}; alone -{finding.benefit:.3g} loss, +{finding.cost:.3g}"
-        )
+        gain = f"alone -{finding.benefit:.3g} loss, +{finding.cost:.3g}"
+        lines.append(f"#   {move.node} ({move.op}): {move.what}; {gain}{_peaks(finding)}")
     raw = tuned.recipe.model_dump(mode="json", exclude_unset=True)
     return "\n".join(lines) + "\n" + yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)

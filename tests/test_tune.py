@@ -18,7 +18,7 @@ from edgeforge.frontend.torch import from_module
 from edgeforge.passes import optimize
 from edgeforge.recipe import Precision, Recipe
 from edgeforge.target import load_target
-from edgeforge.tune import Tuned, _both, tune
+from edgeforge.tune import Tuned, _both, trail, tune
 
 
 class Outlier(torch.nn.Module):
@@ -54,6 +54,7 @@ def test_only_what_reads_the_outlier_is_promoted() -> None:
     worst = max((f for f in found.findings if f.input_peak is not None), key=lambda f: f.input_peak or 0)
     assert worst.move.node == "relu_1"
     assert found.recipe.overrides == found.promoted[0].overrides
+    assert f"; input up to {worst.input_peak:.3g} rms" in trail(found) and worst.input_peak > 10
 
 
 def test_promotions_of_one_layer_add_up() -> None:

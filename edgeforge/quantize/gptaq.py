@@ -15,7 +15,7 @@ from edgeforge.quantize.gptq import column_codes
 from edgeforge.quantize.layerwise import Layer
 
 #: d, as a share of the mean variance of the input: few samples must not decide alone.
-DAMPING = 0.3
+DAMPING = 1.0
 
 #: Shares of a channel's range that are tried.
 SHARES = np.linspace(0.5, 1.1, 13)
