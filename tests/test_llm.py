@@ -32,7 +32,7 @@ from edgeforge.llm.evaluate import (
 from edgeforge.llm.export import calibration_tokens
 from edgeforge.llm.generate import Sampling, choose, continued, in_template, prompt_tokens
 from edgeforge.llm.prefix import prefix_of
-from edgeforge.llm.quantize import encoded, first_logits, read_texts
+from edgeforge.llm.quantize import encoded, first_logits, quantize_language, read_texts
 from edgeforge.llm.session import Session, opened
 from edgeforge.llm.steps import BLOCKED, pieces, positions_and_masks
 from edgeforge.llm.windows import window_graph
@@ -605,6 +605,23 @@ def test_compression_behind_a_prefix_leaves_the_float_logits(folder):
     got = run_float(graph, data.stacked())["logits"]
     np.testing.assert_allclose(got, wanted[:, 1:], atol=2e-4 * np.abs(wanted).max())
     np.testing.assert_allclose(first_logits(language, 24), wanted[0, 0], atol=1e-4 * np.abs(wanted).max())
+
+
+def test_weights_chosen_layer_by_layer_reach_both_graphs(folder):
+    """In a decoder whose layers have no bias."""
+    model, target = load_model(str(folder), traced=False), load_target(TARGET)
+    sequences, _ = calibration_tokens(model, read_recipe(model, None, "w4a8", SHAPE), "embedded")
+    found = []
+    for lines in ((), ("weights=gptaq", "finetune={steps: 2}")):
+        recipe = read_recipe(model, None, "w4a8", (*SHAPE, *lines))
+        parts = quantize_language(model.language, recipe, target, sequences).parts
+        prefill, decode = (parts[name].graph for name in ("prefill", "decode"))
+        (name,) = (n.inputs[1] for n in decode.nodes if n.op == "linear" and n.source.endswith("0.mlp.down_proj"))
+        assert prefill.values[name].data is decode.values[name].data
+        found.append(decode.values[name])
+    plain, chosen = found
+    assert chosen.type.dtype == plain.type.dtype == "i4" and not np.array_equal(chosen.data, plain.data)
+    assert not np.array_equal(chosen.type.q.scale, plain.type.q.scale)
 
 
 def test_a_prefix_is_never_computed_and_every_text_continues_it(compressed, folder):

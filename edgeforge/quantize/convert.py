@@ -49,11 +49,13 @@ class _Converter:
             wanted = self.plan.reads.get((node.output, i))
             return name if wanted is None else self.requantized(name, wanted, node.source)
         kept = self.plan.constants.get(name)
-        if kept is not None:
+        dtype = self.plan.precision[node.output].weights if kept is None else kept.dtype
+        same = self.same(name, dtype) if role == WEIGHT else None
+        if same is not None and kept in (None, same.type):
+            made = same
+        elif kept is not None:
             assert kept.q is not None
             made = Value(name, kept, kept.q.quantize(self.data(name), kept.dtype))
-        elif role == WEIGHT and (same := self.same(name, self.plan.precision[node.output].weights)) is not None:
-            made = same
         elif role == WEIGHT:
             precision = self.plan.precision[node.output]
             block = precision.block if node.op == "linear" else None
