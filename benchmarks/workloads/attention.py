@@ -284,7 +284,7 @@ def _(net: Net) -> Value:
 
 
 def detr(net: Net, depths: tuple[int, ...], dilate: int, conditional: bool = False) -> list[Value]:
-    x = resnet50(net, net.picture(1, 3, 480, 480), depths, dilate=dilate)[-1]
+    x = resnet50(net, net.picture(1, 3, 640, 640), depths, dilate=dilate)[-1]
     x = net.tokens(net.conv(x, 256))
     queries = 300 if conditional else 100
 

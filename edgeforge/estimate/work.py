@@ -25,7 +25,7 @@ MAC = (
     "conv", "point", "stem", "dilated", "grouped", "depthwise", "transposed", "volume", "dense", "attend",
     "ragged",
 )  # fmt: skip
-VECTOR = ("feed", "add", "mul", "scale", "curve", "softmax", "norm", "pool", "resize", "reduce", "exotic")
+VECTOR = ("feed", "add", "mul", "scale", "curve", "softmax", "norm", "pool", "window", "resize", "reduce", "exotic")
 MOVE = ("copy", "permute", "relayout", "high_rank")
 IO = ("input", "output", "image")
 OVERHEAD = ("graph", "mac_op", "vector_op", "move_op", "batch_op")
@@ -34,13 +34,13 @@ TERMS = (*MAC, *VECTOR, *MOVE, *IO, *OVERHEAD, *DDR)
 #: What a chip's own factors apply to.
 GROUPS = {"compute": MAC, "vector": (*VECTOR, *MOVE, *IO), "overhead": OVERHEAD, "ddr": DDR}
 MAC_OPS = ("conv2d", "conv3d", "conv_transpose", "linear", "matmul")
-CLAMPS = ("relu", "relu6", "clip", "leaky_relu")
+CLAMPS = ("relu", "relu6", "clip", "leaky_relu", "prelu")
 CLAMPED = ("conv2d", "conv3d", "conv_transpose", "linear", "add")
 COPIES = ("concat", "slice", "pad", "gather", "expand", "depth_to_space", "space_to_depth")
 FOLDING = ("conv2d", "conv3d", "linear")
 CLASSES = {
     "add": "add", "sub": "add", "mul": "mul", "div": "exotic", "reciprocal": "exotic", "neg": "add", "relu": "add",
-    "relu6": "add", "clip": "add", "leaky_relu": "add", "prelu": "exotic", "requantize": "add", "softmax": "softmax",
+    "relu6": "add", "clip": "add", "leaky_relu": "add", "prelu": "add", "requantize": "add", "softmax": "softmax",
     "layer_norm": "norm", "rms_norm": "norm", "instance_norm": "norm", "group_norm": "norm", "channel_norm": "norm",
     "l2_norm": "norm", "max_pool": "pool", "avg_pool": "pool", "resize": "resize", "reduce_mean": "reduce",
     "reduce_sum": "reduce", "reduce_max": "reduce", "argmax": "reduce", "roi_align": "exotic",
@@ -206,8 +206,11 @@ def _amounts(layer: Layer, layout: Layout, moved: str) -> tuple[str, dict[str, f
         term = "scale"
     amount = max(size, read) if term in ("pool", "reduce") else size
     if term == "pool":
-        window = math.prod(layer.attrs.get("kernel", (1, 1)))
+        kernel, stride = layer.attrs.get("kernel", (1, 1)), layer.attrs.get("stride", (1, 1))
+        window = math.prod(kernel)
         amount = size * min(window, 25) / 4 + read / 2
+        if layer.op == "avg_pool" and max(kernel) > max(stride) and max(kernel) != 3:
+            term, amount = "window", size * window
     return "vector_op", {term: amount / 1e3}
 
 
