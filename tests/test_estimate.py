@@ -25,7 +25,7 @@ from edgeforge.estimate.estimate import Elsewhere, Estimate, Range, estimate_dec
 from edgeforge.estimate.memory import arena_bytes
 from edgeforge.estimate.program import Program
 from edgeforge.estimate.sketch import from_onnx
-from edgeforge.estimate.work import PRECISIONS
+from edgeforge.estimate.work import PRECISIONS, works
 from edgeforge.estimator import batched
 from edgeforge.target import load_target, names
 
@@ -105,7 +105,30 @@ def test_clamps_run_inside_the_convolution_before_them() -> None:
         net = Net("clamp")
         return net.finish(net.conv(net.conv(net.input(1, 8, 56, 56), 64, 3, act=act), 64))
 
-    assert ms(net("relu")) == ms(net(None)) < ms(net("silu"))
+    assert ms(net("relu")) == ms(net("prelu")) == ms(net(None)) < ms(net("silu"))
+
+
+def test_means_over_overlapping_windows_are_slow_in_integers() -> None:
+    def net(kernel: int, stride: int) -> Program:
+        net = Net("mean")
+        return net.finish(net.pool(net.conv(net.input(1, 8, 64, 64), 64, 3), kernel, stride, 0, "avg_pool"))
+
+    assert ms(net(2, 1)) > 2 * ms(net(2, 2))
+    assert ms(net(3, 1)) < ms(net(2, 1)) < ms(net(5, 1))
+
+
+def test_a_product_of_activations_pays_for_its_operand() -> None:
+    """Each matrix has a cost of its own, which grows with its second operand, but less than in proportion."""
+
+    def net(keys: int) -> Program:
+        net = Net("scores")
+        return net.finish(net.matmul(net.input(12, 8, 64), net.input(12, 64, keys)))
+
+    def units(keys: int) -> float:
+        return sum(work.amounts.get("batch_op", 0.0) for work in works(net(keys), PRECISIONS["w8a8"]))
+
+    assert units(64) == pytest.approx(12 * 2**0.5)
+    assert units(256) == pytest.approx(2 * units(64))
 
 
 def test_the_nodes_sum_to_the_whole_and_say_what_binds_them() -> None:

@@ -52,18 +52,18 @@ def _(net: Net) -> Value:
 
 @workload("siglip2", "image_encoder", "vit")
 def _(net: Net) -> Value:
-    x = encoder(net, patches(net, net.input(1, 3, 224, 224), 768, 16, 0), 12, 12, 3072)
+    x = encoder(net, patches(net, net.picture(1, 3, 224, 224), 768, 16, 0), 12, 12, 3072)
     x = net.norm(x)
     probe = net.slice(x, 0, 1)
     y = net.attention(probe, 12, x)
-    return net.add(y, net.mlp(net.norm(y), 3072))
+    return net.norm(net.add(y, net.mlp(net.norm(y), 3072)), "l2_norm")
 
 
 @workload("siglip2", "text_encoder", "bert")
 def _(net: Net) -> Value:
     x = net.add(net.embedding(net.input(1, 64), 256000, 768))
-    x = net.norm(encoder(net, x, 12, 12, 3072))
-    return net.linear(net.slice(x, 63, 64), 768)
+    x = net.norm(encoder(net, x, 12, 12, 3072, bias=True))
+    return net.norm(net.linear(net.slice(x, 63, 64), 768), "l2_norm")
 
 
 def dpt(net: Net, tokens: list[Value], side: int, widths: tuple[int, ...], fused: int) -> Value:
@@ -120,8 +120,13 @@ def bert(
 
 
 def masked(net: Net, x: Value, width: int, vocab: int) -> Value:
-    """Head of a masked language model."""
-    return net.linear(net.norm(net.linear(x, width, "gelu")), vocab)
+    """Head of a masked language model: logits of every position, of which the best at one is returned."""
+    return best(net, net.linear(net.norm(net.linear(x, width, "gelu")), vocab))
+
+
+def best(net: Net, logits: Value) -> Value:
+    at = net.emit("gather", [logits, net.input(1)], (1, logits.shape[-1]))
+    return net.reduce(at, 1, "argmax")
 
 
 @workload("bert_base_uncased_hf", "Bert-Base-Uncased-Hf", "bert")
@@ -181,7 +186,7 @@ def _(net: Net) -> Value:
         for _ in range(4):
             y = affine(net.add(net.linear(net.linear(y, 512, "relu"), 128), y))
         x = affine(net.add(net.linear(y, 512), x))
-    return net.linear(net.linear(x, 512, "relu"), 30522)
+    return best(net, net.linear(net.norm(net.linear(x, 512, "relu")), 30522))
 
 
 # ------------------------------------------------------------------------------------------------------ hierarchical
@@ -284,7 +289,7 @@ def _(net: Net) -> Value:
 
 
 def detr(net: Net, depths: tuple[int, ...], dilate: int, conditional: bool = False) -> list[Value]:
-    x = resnet50(net, net.picture(1, 3, 480, 480), depths, dilate=dilate)[-1]
+    x = resnet50(net, net.picture(1, 3, 640, 640), depths, dilate=dilate)[-1]
     x = net.tokens(net.conv(x, 256))
     queries = 300 if conditional else 100
 
@@ -441,9 +446,20 @@ def _(net: Net) -> Value:
 
 
 @workload("distil_whisper", "encoder", "whisper")
-def _(net: Net) -> Value:
-    """distil-small.en: the encoder of whisper-small, and per decoder layer the cross-attention keys and values."""
+def _(net: Net) -> list[Value]:
+    """distil-small.en: the encoder of whisper-small, and per decoder layer the cross-attention keys and values. Every
+    head has projections of its own, as the exporter splits them."""
+
+    def head(x: Value) -> Value:
+        q, k, v = (net.linear(x, 64) for _ in range(3))
+        return net.attend(q, k, v, scale=False)
+
     x = net.reshape(net.input(1, 80, 3000), 1, 80, 1, 3000)
     x = net.conv(net.conv(x, 768, (1, 3), 1, act="gelu"), 768, (1, 3), (1, 2), act="gelu")
-    x = net.norm(encoder(net, net.add(net.tokens(x)), 12, 12, 3072))
-    return net.linear(x, 768 * 8)
+    x = net.add(net.tokens(x))
+    for _ in range(12):
+        y = net.norm(x)
+        x = net.add(x, net.linear(net.concat([head(y) for _ in range(12)], -1), 768))
+        x = net.add(x, net.mlp(net.norm(x), 3072))
+    x = net.norm(x)
+    return [net.concat([net.linear(x, 64) for _ in range(12)], 0) for _ in range(8)]

@@ -326,13 +326,18 @@ def _(net: Net) -> Value:
 
 @workload("mobile_facenet", "MobileFaceNet", "mobilenet")
 def _(net: Net) -> Value:
-    x = net.dw(net.conv(net.input(1, 3, 112, 112), 64, 3, 2, act="prelu"), 3, 1, "prelu")
+    """Two faces, each also mirrored: a batch of four whose embeddings are added in pairs."""
+    faces = [net.picture(1, 3, 112, 112) for _ in range(2)]
+    mirrored = [net.slice(face, 0, 112, 3) for face in faces]
+    x = net.concat([faces[0], mirrored[0], faces[1], mirrored[1]], 0)
+    x = net.dw(net.conv(x, 64, 3, 2, act="prelu"), 3, 1, "prelu")
     for t, c, n, s in ((2, 64, 5, 2), (4, 128, 1, 2), (2, 128, 6, 1), (4, 128, 1, 2), (2, 128, 2, 1)):
         for j in range(n):
             x = inverted(net, x, c, 3, s if j == 0 else 1, x.channels * t, "prelu")
     x = net.conv(x, 512, act="prelu")
-    x = net.conv(x, 512, 7, p=0, g=512)
-    return net.conv(x, 128)
+    x = net.reshape(net.conv(net.conv(x, 512, 7, p=0, g=512), 128), 4, 128)
+    sums = [net.add(net.slice(x, i, i + 1, 0), net.slice(x, i + 1, i + 2, 0)) for i in (0, 2)]
+    return net.concat(sums, 0)
 
 
 @workload("yamnet", "YamNet", "mobilenet")

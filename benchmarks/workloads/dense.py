@@ -85,31 +85,37 @@ def _(net: Net) -> Value:
     return net.conv(x, 2)
 
 
-def ffnet(
-    net: Net, size: tuple[int, int], depths: tuple[int, ...], widths: tuple[int, ...], head: str, pre: bool
-) -> Value:
-    """ResNet of basic blocks, an up-head that joins four scales, a segmentation head (BBB or BCC, A B C by width)."""
+def ffnet_head(net: Net, features: list[Value], base: tuple[int, ...], widths: tuple[int, ...], k: int) -> Value:
+    """Up-head that joins four scales, and a segmentation head; base: channels of each scale (fine to coarse), widths:
+    of the maps that are joined, k: kernel of the last convolution."""
+    adapted = [net.conv(x, width, act="relu") for x, width in zip(features, base, strict=True)]
+    x, joined = adapted[3], []
+    for i in (3, 2, 1, 0):
+        x = adapted[3] if i == 3 else net.add(net.up(net.conv(x, base[i], act="relu"), 2), adapted[i])
+        joined.append(net.conv(x, widths[i], 3, act="relu"))
+    target = joined[3].shape[2:]
+    x = net.concat([joined[3], *[net.resize(y, target, "nearest") for y in joined[2::-1]]])
+    return net.conv(net.conv(x, 256 if k == 3 else 128, 3, act="relu"), 19, k)
+
+
+def ffnet(net: Net, size: tuple[int, int], depths: tuple[int, ...], mobile: str) -> Value:
+    """FFNet: a slim ResNet (or, CCC, a narrow one of three stages) of basic blocks. Stage by stage B or C: dBBB
+    starts with stride 2 and has wider heads."""
     x = net.picture(1, 3, *size)
-    x = net.conv(net.conv(x, 32, 3, 2, act="relu"), 64, 3, 2, act="relu")
     features = []
-    for i, (depth, width) in enumerate(zip(depths, widths, strict=True)):
-        for j in range(depth):
-            x = basic(net, x, width, 2 if j == 0 and (i or pre) else 1)
+    if mobile == "CCC":
+        x = net.conv(net.conv(net.conv(x, 64, 3, 2, act="relu"), 64, 3, 2, act="relu"), 64, 3, act="relu")
         features.append(x)
-    hidden = {"B": (64, 128, 128, 256), "C": (64, 128, 128, 128), "N": (32, 48, 64, 80)}[head]
-    y = net.conv(features[3], hidden[3], 1, act="relu")
-    outs = [y]
-    for i in (2, 1, 0):
-        lateral = net.conv(features[i], hidden[i], 1, act="relu")
-        y = net.add(lateral, net.up(net.conv(y, hidden[i], 1, act="relu"), 2))
-        y = net.conv(y, hidden[i], 3, act="relu")
-        outs.append(y)
-    target = outs[-1].shape[2:]
-    joined = [net.conv(o, hidden[0] * 2, 1, act="relu") for o in outs]
-    joined = [net.resize(o, target, "nearest") if o.shape[2:] != target else o for o in joined]
-    x = net.concat(joined)
-    x = net.conv(x, 128, 3, act="relu")
-    return net.conv(x, 19)
+    else:
+        x = net.conv(net.conv(x, 32, 3, 2, act="relu"), 64, 3, 2, act="relu")
+    for i, depth in enumerate(depths):
+        width = (64, 128, 256)[i] if mobile == "CCC" else (64, 128, 192, 320)[i]
+        for j in range(depth):
+            x = basic(net, x, width, 2 if j == 0 and (i or mobile != "BCC") else 1)
+        features.append(x)
+    if mobile == "dBBB":
+        return ffnet_head(net, features, (64, 128, 128, 256), (96, 96, 64, 32), 3)
+    return ffnet_head(net, features, (128, 128, 128, 128), (128, 16, 16, 16), 1)
 
 
 @workload("mediapipe_selfie", "MediaPipe-Selfie-Segmentation", "mobilenet")
@@ -249,7 +255,7 @@ def _(net: Net) -> Value:
             kernel=(1, 4), stride=(1, 2), dilation=(1, 1), groups=1, fan_in=x.channels,
         )  # fmt: skip
         x = net.add(residual(net.act(y, "leaky_relu")), skips.pop())
-    return net.softmax(net.conv(x, 20, 3), 1)
+    return net.conv(x, 20, 3)
 
 
 # --------------------------------------------------------------------------------------------------- FFNet variants
@@ -257,22 +263,22 @@ def _(net: Net) -> Value:
 
 @workload("ffnet_40s", "FFNet-40S", "ffnet")
 def _(net: Net) -> Value:
-    return ffnet(net, (1024, 2048), (4, 5, 6, 4), (64, 128, 192, 320), "B", True)
+    return ffnet(net, (1024, 2048), (4, 5, 6, 4), "dBBB")
 
 
 @workload("ffnet_78s", "FFNet-78S", "ffnet")
 def _(net: Net) -> Value:
-    return ffnet(net, (1024, 2048), (6, 12, 12, 8), (64, 128, 192, 320), "B", True)
+    return ffnet(net, (1024, 2048), (6, 12, 12, 8), "dBBB")
 
 
 @workload("ffnet_78s_lowres", "FFNet-78S-LowRes", "ffnet")
 def _(net: Net) -> Value:
-    return ffnet(net, (512, 1024), (6, 12, 12, 8), (64, 128, 192, 320), "C", False)
+    return ffnet(net, (512, 1024), (6, 12, 12, 8), "BCC")
 
 
 @workload("ffnet_122ns_lowres", "FFNet-122NS-LowRes", "ffnet")
 def _(net: Net) -> Value:
-    return ffnet(net, (512, 1024), (16, 24, 13, 7), (64, 128, 192, 320), "N", True)
+    return ffnet(net, (512, 1024), (16, 24, 20), "CCC")
 
 
 # --------------------------------------------------------------------------------------------------- restoration
@@ -345,7 +351,7 @@ def _(net: Net) -> Value:
     x = net.add(net.conv(x, 64, 3), first)
     for _ in range(2):
         x = net.act(net.shuffle(net.conv(x, 256, 3), 2), "prelu")
-    return net.act(net.conv(x, 3, 9), "tanh")
+    return net.conv(x, 3, 9, act="clip")
 
 
 def nafnet(net: Net, width: int, size: int, encoder: tuple[int, ...], middle: int, decoder: tuple[int, ...]) -> Value:

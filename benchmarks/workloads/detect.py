@@ -417,6 +417,7 @@ def _(net: Net) -> list[Value]:
 
 @workload("maskrcnn", "proposal_generator", "rcnn")
 def _(net: Net) -> list[Value]:
+    """Torchvision's second version (its RPN has two convolutions per level), with every anchor's box decoded."""
     laterals = [net.conv(x, 256) for x in resnet50(net, net.picture(1, 3, 800, 800))]
     x = laterals[3]
     levels = [net.conv(x, 256, 3)]
@@ -426,10 +427,16 @@ def _(net: Net) -> list[Value]:
     levels = [*levels[::-1], net.pool(levels[0], 1, 2)]
     scores, deltas = [], []
     for x in levels:
-        y = net.conv(x, 256, 3, act="relu")
+        y = net.conv(net.conv(x, 256, 3, act="relu"), 256, 3, act="relu")
         scores.append(net.reshape(net.transpose(net.conv(y, 3), 0, 2, 3, 1), 1, -1, 1))
         deltas.append(net.reshape(net.transpose(net.conv(y, 12), 0, 2, 3, 1), 1, -1, 4))
-    return [*levels[:4], net.concat(scores, 1), net.concat(deltas, 1)]
+    deltas = net.reshape(net.concat(deltas, 1), -1, 4)
+    x, y, w, h = (net.slice(deltas, i, i + 1) for i in range(4))
+    centers = [net.add(net.mul(part)) for part in (x, y)]
+    halves = [net.mul(net.mul(net.act(net.act(part, "clip"), "exp"))) for part in (w, h)]
+    low = [net.binary("sub", center, half) for center, half in zip(centers, halves, strict=True)]
+    high = [net.add(center, half) for center, half in zip(centers, halves, strict=True)]
+    return [*levels[:4], net.concat(scores, 1), net.concat([*low, *high], 1)]
 
 
 # -------------------------------------------------------------------------------------------------------------- pose
@@ -508,7 +515,7 @@ def _(net: Net) -> list[Value]:
 
 @workload("movenet", "Movenet", "mobilenet")
 def _(net: Net) -> list[Value]:
-    x = net.conv(net.input(1, 3, 192, 192), 32, 3, 2, act="relu6")
+    x = net.conv(net.picture(1, 3, 192, 192), 32, 3, 2, act="relu6")
     kept = []
     for t, c, n, s in (
         (1, 16, 1, 1),

@@ -126,7 +126,7 @@ def _(net: Net) -> list[Value]:
 
 
 @workload("face_attrib_net", "Facial-Attribute-Detection", "faceattrib")
-def _(net: Net) -> list[Value]:
+def _(net: Net) -> Value:
     def pair(x: Value, middle: int, out: int, s: int = 1, act: str | None = "prelu") -> Value:
         """Grouped 3 x 3, then pointwise."""
         return net.conv(net.conv(x, middle, 3, s, g=x.channels // 32), out, act=act)
@@ -148,7 +148,7 @@ def _(net: Net) -> list[Value]:
         y = net.conv(net.conv(y, 320, 3, 2, g=20), 128, act="prelu")
         logits.append(net.reshape(net.linear(net.reshape(net.gap(y), 1, 128), 2), 1, 1, 2))
     logit = net.concat(logits, 1)
-    return [logit, net.slice(net.softmax(logit), 1, 2, -1), x]
+    return net.slice(net.softmax(logit), 1, 2, -1)
 
 
 # --------------------------------------------------------------------------------------------------------- detection

@@ -1,8 +1,7 @@
 """Decoder language models: time per token and to the first token, from the dimensions alone.
 
 decode:      weights / bandwidth + KV cache(context) / bandwidth + queries x context + output head + layers * overhead
-first chunk: 128 tokens: MACs / rate + softmax elements / rate + KV cache(context) / bandwidth + output head
-             + layers * overhead"""
+first chunk: 128 tokens: MACs / rate + KV cache(context) / bandwidth + output head + layers * overhead"""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ CHUNK = 128
 #: us per unit of `amounts`: where a fit starts (8 Elite, QAIRT, w4a16).
 START = {
     "decode_weights": 16.0, "decode_kv": 25.0, "decode_queries": 10.0, "decode_layer": 100.0, "decode_head": 16.0,
-    "chunk_mac": 60.0, "chunk_softmax": 10.0, "chunk_kv": 50.0, "chunk_layer": 300.0, "chunk_head": 16.0,
+    "chunk_mac": 60.0, "chunk_kv": 50.0, "chunk_layer": 300.0, "chunk_head": 16.0,
 }  # fmt: skip
 
 
@@ -81,7 +80,7 @@ def read_config(path: Path) -> Decoder:
 
 def amounts(model: Decoder, context: int) -> dict[str, float]:
     """Amounts of the terms of `START`, for one decoded token and one first chunk: MB of weights, cache and head;
-    millions of query elements times context and of softmax elements; GMACs; layers."""
+    millions of query elements times context; GMACs; layers."""
     kv = model.kv_bytes(context) / 1e6
     heads = model.layers * model.heads
     head = model.width * model.vocab / 1e6
@@ -92,7 +91,6 @@ def amounts(model: Decoder, context: int) -> dict[str, float]:
         "decode_layer": float(model.layers),
         "decode_head": head,
         "chunk_mac": model.body * CHUNK / 1e9,
-        "chunk_softmax": heads * context * CHUNK / 1e6,
         "chunk_kv": kv,
         "chunk_layer": float(model.layers),
         "chunk_head": head,

@@ -188,5 +188,6 @@ class _Sketch:
         if op == "transpose":
             made["perm"] = tuple(attrs.get("perm", range(len(shape))[::-1]))
         elif op in ("max_pool", "avg_pool"):
-            made["kernel"] = tuple(attrs["kernel_shape"])
+            kernel = tuple(attrs["kernel_shape"])
+            made |= {"kernel": kernel, "stride": tuple(attrs.get("strides", (1,) * len(kernel)))}
         return Layer(op, tuple(active), output, weights, 0, made, source)

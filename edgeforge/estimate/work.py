@@ -2,13 +2,15 @@
 
 The terms and what they count (per inference):
     MAC terms, in million padded multiply-accumulates: conv, point, stem, dilated, grouped, depthwise, transposed,
-        volume, dense, attend, ragged (dense once more, where the number of rows is no multiple of 4)
-    vector terms, in thousand padded elements: feed (read and written by MAC layers), add, mul, scale (by constants),
-        curve, softmax, norm, pool, resize, reduce, exotic
-    move terms, in thousand padded elements: copy, permute, relayout, high_rank
+        volume, dense, attend
+    vector terms, in thousand padded elements: feed (read and written by MAC layers), add (and other arithmetic),
+        curve, softmax, norm, pool (and reductions), resize, exotic; window (additions of means over windows that
+        overlap, 3 x 3 excepted: the compiler has no fast kernel for them)
+    move terms, in thousand padded elements: copy, permute (also reshapes that change the depth)
     io terms: input, output, in thousand elements of whole tiles; image (arithmetic on few channels before any
         convolution), in thousand elements
-    overheads, in layers: mac_op, vector_op, move_op; batch_op (matrices of an activation product); graph (1)
+    overheads, in layers: mac_op, vector_op, move_op; batch_op (matrices of an activation product, each by the root of
+        its second operand's size: it is rearranged as weights are); graph (1)
     DDR terms, in kB: weights, spill
 """
 
@@ -21,12 +23,9 @@ from dataclasses import dataclass, field
 
 from edgeforge.estimate.program import Layer, Program, Shape
 
-MAC = (
-    "conv", "point", "stem", "dilated", "grouped", "depthwise", "transposed", "volume", "dense", "attend",
-    "ragged",
-)  # fmt: skip
-VECTOR = ("feed", "add", "mul", "scale", "curve", "softmax", "norm", "pool", "resize", "reduce", "exotic")
-MOVE = ("copy", "permute", "relayout", "high_rank")
+MAC = ("conv", "point", "stem", "dilated", "grouped", "depthwise", "transposed", "volume", "dense", "attend")
+VECTOR = ("feed", "add", "curve", "softmax", "norm", "pool", "window", "resize", "exotic")
+MOVE = ("copy", "permute")
 IO = ("input", "output", "image")
 OVERHEAD = ("graph", "mac_op", "vector_op", "move_op", "batch_op")
 DDR = ("weights", "spill")
@@ -34,19 +33,21 @@ TERMS = (*MAC, *VECTOR, *MOVE, *IO, *OVERHEAD, *DDR)
 #: What a chip's own factors apply to.
 GROUPS = {"compute": MAC, "vector": (*VECTOR, *MOVE, *IO), "overhead": OVERHEAD, "ddr": DDR}
 MAC_OPS = ("conv2d", "conv3d", "conv_transpose", "linear", "matmul")
-CLAMPS = ("relu", "relu6", "clip", "leaky_relu")
+CLAMPS = ("relu", "relu6", "clip", "leaky_relu", "prelu")
 CLAMPED = ("conv2d", "conv3d", "conv_transpose", "linear", "add")
 COPIES = ("concat", "slice", "pad", "gather", "expand", "depth_to_space", "space_to_depth")
 FOLDING = ("conv2d", "conv3d", "linear")
 CLASSES = {
-    "add": "add", "sub": "add", "mul": "mul", "div": "exotic", "reciprocal": "exotic", "neg": "add", "relu": "add",
-    "relu6": "add", "clip": "add", "leaky_relu": "add", "prelu": "exotic", "requantize": "add", "softmax": "softmax",
+    "add": "add", "sub": "add", "mul": "add", "div": "exotic", "reciprocal": "exotic", "neg": "add", "relu": "add",
+    "relu6": "add", "clip": "add", "leaky_relu": "add", "prelu": "add", "requantize": "add", "softmax": "softmax",
     "layer_norm": "norm", "rms_norm": "norm", "instance_norm": "norm", "group_norm": "norm", "channel_norm": "norm",
-    "l2_norm": "norm", "max_pool": "pool", "avg_pool": "pool", "resize": "resize", "reduce_mean": "reduce",
-    "reduce_sum": "reduce", "reduce_max": "reduce", "argmax": "reduce", "roi_align": "exotic",
+    "l2_norm": "norm", "max_pool": "pool", "avg_pool": "pool", "resize": "resize", "reduce_mean": "pool",
+    "reduce_sum": "pool", "reduce_max": "pool", "argmax": "pool", "roi_align": "exotic",
 }  # fmt: skip
 IMAGE_OPS = ("conv2d", "conv3d", "conv_transpose", "max_pool", "avg_pool", "resize", "roi_align")
 TILE_DEPTH, TILE_SIDE = 32, 8
+#: Elements of a second operand of an activation product that makes one unit of batch_op.
+OPERAND = 2048
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,8 @@ class Layout:
         """Thousand elements of inputs or outputs: they are converted from and to whole tiles."""
         return sum(self.padded(name, TILE_DEPTH) for name in names) / 1e3
 
-    def follow(self, layer: Layer) -> str:
-        """Set the output's axis; for moves returns "free", "permute" or "relayout"."""
+    def follow(self, layer: Layer) -> bool:
+        """Set the output's axis; returns whether a transpose or reshape has to move elements."""
         shape, source = self.shapes[layer.output], layer.inputs[0] if layer.inputs else ""
         old = self.axis.get(source, len(shape) - 1)
         last = len(shape) - 1
@@ -115,18 +116,18 @@ class Layout:
             rest = [axis for axis in perm if axis != old and self.shapes[source][axis] > 1]
             kept = rest == sorted(rest)
             self.axis[layer.output] = perm.index(old) if kept else last
-            return "free" if kept else "permute"
+            return not kept
         elif layer.op == "reshape":
             before = self.shapes[source]
             if old == 1 and len(shape) > 1 and before[1] == shape[1] and before[0] == shape[0]:
                 self.axis[layer.output] = 1
-                return "free"
+                return False
             self.axis[layer.output] = last
             same = old == len(before) - 1 and before[-1] == shape[-1]
-            return "free" if same or math.prod(before) == max(before) else "relayout"
+            return not same and math.prod(before) != max(before)
         else:
             self.axis[layer.output] = min(old, last) if layer.op not in ("reduce_mean",) or old == 1 else last
-        return "free"
+        return False
 
 
 #: Bytes of on-chip memory that decide what spills. Chips with less show it in their factor of the spill term.
@@ -181,33 +182,32 @@ def _fused(layer: Layer, made: dict[str, Layer], readers: dict[str, list[Layer]]
     return alone and before.op in into
 
 
-def _amounts(layer: Layer, layout: Layout, moved: str) -> tuple[str, dict[str, float]]:
+def _amounts(layer: Layer, layout: Layout, moved: bool) -> tuple[str, dict[str, float]]:
     """The kind of overhead, and the terms of one layer."""
     shape, size = layout.shapes[layer.output], layout.padded(layer.output)
     read = sum(layout.padded(name) for name in layer.inputs)
     if layer.op in MAC_OPS:
         found = {_mac_class(layer, shape): _padded_macs(layer, shape) / 1e6, "feed": (read + size) / 1e3}
         if layer.op == "matmul":
-            found["batch_op"] = float(math.prod(shape[:-2]))
-        if layer.op == "linear" and len(shape) == 3 and shape[1] > TILE_DEPTH and shape[1] % 4:
-            found["ragged"] = found["dense"]
+            matrices = math.prod(shape[:-2])
+            found["batch_op"] = matrices * math.sqrt(layout.padded(layer.inputs[-1]) / matrices / OPERAND)
         return "mac_op", found
     if layer.op in ("transpose", "reshape"):
-        if moved == "free":
-            return "", {}
-        high = layer.op == "transpose" and len([n for n in shape if n > 1]) > 3
-        return "move_op", {"high_rank" if high else moved: size / 1e3}
+        return ("move_op", {"permute": size / 1e3}) if moved else ("", {})
     if layer.op in COPIES:
         return "move_op", {"copy": size / 1e3}
     term = CLASSES.get(layer.op, "curve")
     if layer.op in ("add", "sub", "mul") and len(shape) >= 4 and shape[1] <= 4 and layout.axis[layer.output] == 1:
         return "vector_op", {"image": math.prod(shape) / 1e3}
-    if layer.op in ("add", "sub", "mul", "div") and len(layer.inputs) == 1:
-        term = "scale"
-    amount = max(size, read) if term in ("pool", "reduce") else size
-    if term == "pool":
-        window = math.prod(layer.attrs.get("kernel", (1, 1)))
+    if layer.op == "div" and len(layer.inputs) == 1:
+        term = "add"
+    amount = max(size, read) if term == "pool" else size
+    if layer.op in ("max_pool", "avg_pool"):
+        kernel, stride = layer.attrs.get("kernel", (1, 1)), layer.attrs.get("stride", (1, 1))
+        window = math.prod(kernel)
         amount = size * min(window, 25) / 4 + read / 2
+        if layer.op == "avg_pool" and max(kernel) > max(stride) and max(kernel) != 3:
+            term, amount = "window", size * window
     return "vector_op", {term: amount / 1e3}
 
 
