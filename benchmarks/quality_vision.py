@@ -43,7 +43,10 @@ METHODS = {
     "seqmse": ["weights=seqmse"],
     "adaround": ["weights=adaround"],
     "gptaq": ["weights=gptaq"],
-    "gptaq + finetune": ["weights=gptaq", "finetune={}"],
+    "gptaq, depthwise and stem at 8 bits": [
+        "weights=gptaq",
+        "overrides=[{match: '*.dw*', precision: w8a8}, {match: 'stem*', precision: w8a8}]",
+    ],
 }
 #: What makes a row the same row.
 KEY = ("model", "method", "precision", "task", "protocol", "stress", "draw")

@@ -88,8 +88,6 @@ def quantize(model: Model, recipe: Recipe, target: Target, data: Dataset, requan
         raise InvalidInput(f"{recipe.precision} is offered for language models with a cache -> --precision w4a8")
     if model.imported.encodings and not requantize:
         return convert(graph, plan_from(model.imported, recipe, target), target)
-    if recipe.finetune is not None and recipe.weights not in LAYERWISE:
-        raise InvalidInput(f"finetune follows a layer-by-layer method -> weights: {' | '.join(LAYERWISE)}")
     samples = data.head(recipe.calibration.samples)
     graph = compress(graph, recipe, target, samples)
     plan = assign(graph, ranges_of(graph, recipe, samples, bits(graph, recipe, target)), recipe, target)
@@ -110,18 +108,13 @@ def quantize(model: Model, recipe: Recipe, target: Target, data: Dataset, requan
 
 
 def round_weights(graph: Graph, plan: Plan, recipe: Recipe, data: Dataset, scales: str) -> tuple[Graph, Plan]:
-    """``graph`` and ``plan`` with the weights that the recipe's method chooses on data, and what `finetune` learned."""
+    """``graph`` and ``plan`` with the weights that the recipe's method chooses on data."""
     if recipe.weights == "gptq":
         return gptq(graph, plan, _Batches(data), scales)
     if recipe.weights not in LAYERWISE:
         return graph, plan
     choose = importlib.import_module(f"edgeforge.quantize.{recipe.weights}").choose
-    chosen = choose_layerwise(graph, plan, _Batches(data), choose)
-    if recipe.finetune is None:
-        return chosen
-    from edgeforge.quantize.finetune import finetune
-
-    return finetune(*chosen, graph, recipe.finetune, data)
+    return choose_layerwise(graph, plan, _Batches(data), choose)
 
 
 def ranges_of(graph: Graph, recipe: Recipe, data: Dataset, widths: Mapping[str, int]) -> dict[str, Range]:
