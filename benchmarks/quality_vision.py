@@ -172,6 +172,8 @@ def page(rows: list[dict[str, Any]]) -> str:
         "Made by `python -m benchmarks.quality_vision`; see there for data and protocol. `draw`: seed of the",
         "calibration data. `seconds` to quantize on a shared host (one thread): an upper bound. The float weights of",
         "MobileNetV2's classifier are dequantized int8 ones: at 8 bits that one layer is lossless by construction.",
+        "Widths and ranges are those of `models/<model>/recipe.yaml`: all 8 bits for MobileNetV2, 16 bits for the",
+        "residual stream and attention of the encoder. All weights have the bits of the precision unless the method says so.",
         "",
         f"| {' | '.join(columns)} |",
         "|" + "---|" * len(columns),
