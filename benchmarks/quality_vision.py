@@ -43,6 +43,7 @@ METHODS = {
     "seqmse": ["weights=seqmse"],
     "adaround": ["weights=adaround"],
     "gptaq": ["weights=gptaq"],
+    "gptaq, 200 photographs": ["weights=gptaq", "calibration.samples=200"],
     "gptaq, depthwise and stem at 8 bits": [
         "weights=gptaq",
         "overrides=[{match: '*.dw*', precision: w8a8}, {match: 'stem*', precision: w8a8}]",
@@ -173,7 +174,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         "calibration data. `seconds` to quantize on a shared host (one thread): an upper bound. The float weights of",
         "MobileNetV2's classifier are dequantized int8 ones: at 8 bits that one layer is lossless by construction.",
         "Widths and ranges are those of `models/<model>/recipe.yaml`: all 8 bits for MobileNetV2, 16 bits for the",
-        "residual stream and attention of the encoder. All weights have the bits of the precision unless the method says so.",
+        "residual stream and attention of the encoder. All weights have the precision's bits unless the method says so.",
         "",
         f"| {' | '.join(columns)} |",
         "|" + "---|" * len(columns),
