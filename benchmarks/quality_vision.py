@@ -43,7 +43,11 @@ METHODS = {
     "seqmse": ["weights=seqmse"],
     "adaround": ["weights=adaround"],
     "gptaq": ["weights=gptaq"],
-    "gptaq + finetune": ["weights=gptaq", "finetune={}"],
+    "gptaq, 200 photographs": ["weights=gptaq", "calibration.samples=200"],
+    "gptaq, depthwise and stem at 8 bits": [
+        "weights=gptaq",
+        "overrides=[{match: '*.dw*', precision: w8a8}, {match: 'stem*', precision: w8a8}]",
+    ],
 }
 #: What makes a row the same row.
 KEY = ("model", "method", "precision", "task", "protocol", "stress", "draw")
@@ -169,6 +173,9 @@ def page(rows: list[dict[str, Any]]) -> str:
         "Made by `python -m benchmarks.quality_vision`; see there for data and protocol. `draw`: seed of the",
         "calibration data. `seconds` to quantize on a shared host (one thread): an upper bound. The float weights of",
         "MobileNetV2's classifier are dequantized int8 ones: at 8 bits that one layer is lossless by construction.",
+        "Widths and ranges are those of `models/<model>/recipe.yaml`: all 8 bits for MobileNetV2, 16 bits for the",
+        "residual stream and attention of the encoder.",
+        "All weights have the precision's bits unless the method says otherwise.",
         "",
         f"| {' | '.join(columns)} |",
         "|" + "---|" * len(columns),

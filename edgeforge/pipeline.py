@@ -86,8 +86,6 @@ def quantize(model: Model, recipe: Recipe, target: Target, data: Dataset, requan
         raise InvalidInput(f"{recipe.precision} is offered for language models with a cache -> --precision w4a8")
     if model.imported.encodings and not requantize:
         return convert(graph, plan_from(model.imported, recipe, target), target)
-    if recipe.finetune is not None and recipe.weights not in LAYERWISE:
-        raise InvalidInput(f"finetune follows a layer-by-layer method -> weights: {' | '.join(LAYERWISE)}")
     samples = data.head(recipe.calibration.samples)
     graph = compress(graph, recipe, target, samples)
     plan = assign(graph, ranges_of(graph, recipe, samples, bits(graph, recipe, target)), recipe, target)

@@ -155,17 +155,6 @@ class Train(Closed):
     seed: int = 0
 
 
-class Finetune(Closed):
-    """`quantize.finetune`: Adam on scales and biases behind a LAYERWISE method of ``weights``, ``steps`` of
-    ``batch`` samples with a cosine schedule. Learning rates: of log scales, of biases in hundredths of their range."""
-
-    steps: int = Field(150, ge=1)
-    batch: int = Field(4, ge=1)
-    scale_rate: float = Field(1e-3, ge=0)
-    bias_rate: float = Field(1e-2, ge=0)
-    seed: int = 0
-
-
 class Bounds(Closed):
     """What `validate` demands of an artifact; None demands nothing."""
 
@@ -186,7 +175,6 @@ class Recipe(Closed):
     compress: tuple[Method, ...] = ()
     train: Train | None = None
     weights: Literal["minmax", "mse", "gptq", "gptaq", "seqmse", "adaround"] = "minmax"
-    finetune: Finetune | None = None
     bias_correction: int = Field(0, ge=0)
     overrides: tuple[Override, ...] = ()
     language: Shape = Shape()

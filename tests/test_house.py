@@ -49,7 +49,6 @@ HEAVY = {
         "quantize/correct",
         "quantize/layerwise",
         "quantize/adaround",
-        "quantize/finetune",
         "compress/",
         "conformance/cases",
         "backends/_executorch",

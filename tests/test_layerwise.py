@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from edgeforge.data import from_arrays
-from edgeforge.errors import InvalidInput
 from edgeforge.frontend import Imported
 from edgeforge.frontend.torch import from_module
 from edgeforge.ir.graph import Graph
@@ -61,11 +60,11 @@ def images(count: int, seed: int) -> np.ndarray:
     return np.kron(coarse, np.ones((1, 1, 3, 3))).astype(np.float32)
 
 
-def outputs(weights: str, **more: object) -> tuple[np.ndarray, np.ndarray]:
+def outputs(weights: str) -> tuple[np.ndarray, np.ndarray]:
     """Of the float and the integer network, on images that were not calibrated on."""
     graph = bottleneck()
     (name,) = graph.inputs
-    recipe = Recipe.model_validate({"precision": "w4a8", "weights": weights, **more})
+    recipe = Recipe.model_validate({"precision": "w4a8", "weights": weights})
     data = from_arrays("images", {name: images(64, 0)}, graph)
     integer = quantize(Model("bottleneck", Imported(graph), Path()), recipe, TARGET, data)
     feeds = {name: images(64, 1)}
@@ -79,18 +78,6 @@ def outputs(weights: str, **more: object) -> tuple[np.ndarray, np.ndarray]:
 def test_each_method_is_better_than_nearest_rounding_on_unseen_images(method, gain, monkeypatch):
     monkeypatch.setattr(adaround, "STEPS", 200)
     assert sqnr_db(*outputs(method)) > sqnr_db(*outputs("minmax")) + gain
-
-
-def test_fine_tuning_brings_logits_nearer_still_and_wants_a_layerwise_method():
-    steps = {"finetune": {"steps": 80, "batch": 16, "scale_rate": 3e-3, "bias_rate": 3e-2}}
-
-    def divergence(wanted: np.ndarray, found: np.ndarray) -> float:
-        p, q = (torch.log_softmax(torch.from_numpy(x), -1) for x in (wanted, found))
-        return float((p.exp() * (p - q)).sum(-1).mean())
-
-    assert divergence(*outputs("seqmse", **steps)) < 0.8 * divergence(*outputs("seqmse"))
-    with pytest.raises(InvalidInput, match="finetune follows"):
-        outputs("gptq", **steps)
 
 
 @pytest.mark.parametrize("place", ["stem", "depthwise", "grouped", "head"])

@@ -190,9 +190,11 @@ class _Walk:
                     theirs[i] = _constant(self.graph, self.plan, node, i)
             for b in range(self.count):
                 exact = {**ours, **{name: self.exact[name][b] for name in acts}}
-                seen = {name: self.rounded[name][b] for name in acts}
                 results[0].append(OPS[node.op].torch(torch, view, *(exact[name] for name in node.inputs)))
-                results[1].append(rounded_node(self.graph, self.plan, node, seen, theirs))
+                seen = {i: self.read(node, i, self.rounded[x][b]) for i, x in enumerate(node.inputs) if x in acts}
+                operands = [operand for _, operand in sorted((theirs | seen).items(), key=lambda item: item[0])]
+                y = OPS[node.op].torch(torch, view, *operands)
+                results[1].append(rounded(y, self.plan.types.get(node.output)))
                 for name in done:
                     self.exact[name][b] = self.rounded[name][b] = torch.empty(0)
         self.exact[node.output], self.rounded[node.output] = results
@@ -200,22 +202,6 @@ class _Walk:
             self.left[name] -= 1
         for name in done:
             del self.exact[name], self.rounded[name]
-
-
-def rounded_node(
-    graph: Graph, plan: Plan, node: Node, known: Mapping[str, torch.Tensor], given: Mapping[int, torch.Tensor]
-) -> torch.Tensor:
-    """The result of ``node``, with operands and result rounded as the plan says; differentiable (straight-through).
-
-    known: activations by name; given: by input index constants in place of those that the plan gives the node."""
-    operands = dict(given)
-    for i, name in enumerate(node.inputs):
-        if name in known:
-            operands[i] = rounded(known[name], plan.reads.get((node.output, i)))
-        elif i not in operands:
-            operands[i] = _constant(graph, plan, node, i)
-    y = OPS[node.op].torch(torch, graph.view(node), *(operands[i] for i in sorted(operands)))
-    return rounded(y, plan.types.get(node.output))
 
 
 def _constant(graph: Graph, plan: Plan, node: Node, i: int) -> torch.Tensor:

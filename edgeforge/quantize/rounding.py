@@ -16,16 +16,11 @@ FROM_DATA = ("gptq", *LAYERWISE)
 
 
 def round_weights(graph: Graph, plan: Plan, recipe: Recipe, data: Dataset, scales: str) -> tuple[Graph, Plan]:
-    """``graph`` with weights on the grids of the encodings that ``plan`` then has, and what `finetune` learned. scales:
-    see `gptq`. Where the recipe's method needs no data, both stay as they are."""
+    """``graph`` with weights on the grids of the encodings that ``plan`` then has. scales: see `gptq`. Where the recipe's
+    method needs no data, both stay as they are."""
     if recipe.weights == "gptq":
         return gptq(graph, plan, Batches(data), scales)
     if recipe.weights not in LAYERWISE:
         return graph, plan
     choose = import_module(f"edgeforge.quantize.{recipe.weights}").choose
-    chosen = choose_layerwise(graph, plan, Batches(data), choose)
-    if recipe.finetune is None:
-        return chosen
-    from edgeforge.quantize.finetune import finetune
-
-    return finetune(*chosen, graph, recipe.finetune, data)
+    return choose_layerwise(graph, plan, Batches(data), choose)
