@@ -16,8 +16,8 @@ FROM_DATA = ("gptq", *LAYERWISE)
 
 
 def round_weights(graph: Graph, plan: Plan, recipe: Recipe, data: Dataset, scales: str) -> tuple[Graph, Plan]:
-    """``graph`` with weights on the grids of the encodings that ``plan`` then has. scales: see `gptq`. Where the recipe's
-    method needs no data, both stay as they are."""
+    """``graph`` with weights on the grids of the encodings that ``plan`` then has; both stay as they are where the
+    recipe's method needs no data. scales: see `gptq`."""
     if recipe.weights == "gptq":
         return gptq(graph, plan, Batches(data), scales)
     if recipe.weights not in LAYERWISE:
