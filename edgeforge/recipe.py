@@ -108,8 +108,8 @@ class Shape(Closed):
 
 
 class Smooth(Closed):
-    """`compress.smooth`: exponent ``alpha`` of all groups, None to search it per group on ``samples`` of the
-    calibration data; ``pairs``: norms and the layers that read them, or all."""
+    """`compress.smooth`: exponent ``alpha`` of all groups, None to search it per group on the ``samples`` of the
+    calibration data that hold most peaks; ``pairs``: norms and the layers that read them, or all."""
 
     method: Literal["smooth"] = "smooth"
     alpha: float | None = Field(None, ge=0, le=1)

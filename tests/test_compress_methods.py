@@ -11,6 +11,8 @@ from compress_models import block, data, uneven
 
 from edgeforge.compress import compress
 from edgeforge.compress.channels import factors, find_channels
+from edgeforge.compress.smooth import _Search
+from edgeforge.data import from_arrays
 from edgeforge.errors import InvalidInput
 from edgeforge.frontend import Imported
 from edgeforge.ir.graph import Graph
@@ -96,3 +98,18 @@ def test_one_recipe_runs_all_of_it_and_gives_an_integer_graph():
     recipe = Recipe(precision="w4a16", bias_correction=4).with_set(steps)
     model = Model("block", Imported(uneven()), Path())
     assert quantize(model, recipe, TARGET, data()).level == "integer"
+
+
+def test_the_search_looks_at_the_samples_with_the_largest_values():
+    x = np.random.default_rng(3).normal(size=(24, 10, 16)).astype(np.float32)
+    calm = from_arrays("calm", {block().inputs[0]: np.delete(x, 17, 0)}, block())
+    x[17, 4] = 0
+    x[17, 4, 3] = 9
+    rare = from_arrays("rare", {block().inputs[0]: x}, block())
+    searches = [_Search(uneven(), find_channels(uneven()), Recipe(), TARGET, data, 2) for data in (calm, rare)]
+    for group in searches[0].channels.groups:
+        (low, _), (high, _) = (search.peaks(group) for search in searches)
+        assert (high >= low * 0.99).all()
+    assert 17 in searches[1].seen(rare)[1][:2]
+    wanted = run_float(uneven(), rare.sample(17))[uneven().outputs[0]]
+    assert any(np.allclose(sample, wanted, atol=1e-4) for sample in searches[1].exact[uneven().outputs[0]].numpy())

@@ -26,14 +26,15 @@ from edgeforge.recipe import Recipe, Smooth
 from edgeforge.sim.evaluate import run_float
 from edgeforge.target import Target
 
+#: Smallest peak of an activation's channel, as a share of the median.
+LEAST = 0.05
 GRID = tuple(float(a) for a in np.linspace(0, 1, 6))
 
 
 def apply(graph: Graph, config: Smooth, recipe: Recipe, target: Target, data: Dataset) -> Graph:
     """``graph`` with the scales of every group (or of ``config.pairs``) folded in; ``data``: calibration samples."""
-    feeds = data.head(config.samples).stacked()
     channels = find_channels(graph)
-    search = _Search(graph, channels, recipe, target, feeds)
+    search = _Search(graph, channels, recipe, target, data, config.samples)
     chosen = np.zeros(channels.count)
     for group in channels.groups:
         if config.pairs == "norms" and any(search.nodes[name].op not in NORMS for name in group.up):
@@ -43,16 +44,19 @@ def apply(graph: Graph, config: Smooth, recipe: Recipe, target: Target, data: Da
 
 
 class _Search:
-    """The float activations of one batch, and what any scales do to the products of a group."""
+    """Peaks over all data, float activations of the most extreme ``samples``, and what any scales do to the products of
+    a group there."""
 
-    def __init__(
-        self, graph: Graph, channels: Channels, recipe: Recipe, target: Target, feeds: Mapping[str, np.ndarray]
-    ):
+    def __init__(self, graph: Graph, channels: Channels, recipe: Recipe, target: Target, data: Dataset, samples: int):
         self.graph, self.channels, self.target = graph, channels, target
         self.clips = recipe.weights != "minmax"
         self.nodes = graph.producers()
+        self.weights = {value.name: torch.tensor(value.data) for value in graph.constants()}
+        self.found, order = self.seen(data)
+        picked = [data.sample(int(i)) for i in order[:samples]]
+        feeds = {name: np.concatenate([sample[name] for sample in picked]) for name in graph.inputs}
         self.plan: Plan = assign(graph, calibrate(graph, [feeds]), recipe, target)
-        self.exact = {value.name: torch.tensor(value.data) for value in graph.constants()}
+        self.exact = dict(self.weights)
 
         def keep(node: Node, y: torch.Tensor) -> None:
             self.exact[node.output] = y
@@ -79,16 +83,37 @@ class _Search:
         return self.channels.labels[node.inputs[i]] if columns is None else columns[1]
 
     def peaks(self, group: Group) -> tuple[np.ndarray, np.ndarray]:
-        """Per scale the largest magnitude of what it multiplies, and of what it divides, over the group's products."""
+        """Per scale the largest magnitude of what it multiplies, and of what it divides, over the group's products.
+        What is far below the others counts as more: rare tokens would find it blown up."""
+        high, low = self.found[:, 1:][:, group.span]
+        return np.maximum(high, LEAST * np.median(high) + 1e-5 * high.max()), np.maximum(low, 1e-5 * low.max())
+
+    def seen(self, data: Dataset) -> tuple[np.ndarray, np.ndarray]:
+        """Peaks [2, count + 1] of all scales over all of ``data``, and the samples in which most values peak first."""
         found = np.zeros((2, self.channels.count + 1))
-        for node in self.products(group):
+        readers: dict[str, list[np.ndarray]] = {}
+        for node in (node for group in self.channels.groups for node in self.products(group)):
             for i in (0, 1):
-                numbers, data = self.numbers(node, i), self.exact[node.inputs[i]].abs()
-                data = (data if self.graph.values[node.inputs[i]].const else data.amax(0, keepdim=True)).numpy()
-                numbers = np.broadcast_to(numbers, data.shape)
-                np.maximum.at(found, ((numbers < 0).astype(int), np.abs(numbers)), data)
-        high, low = found[:, 1:][:, group.span]
-        return np.maximum(high, 1e-5 * high.max()), np.maximum(low, 1e-5 * low.max())
+                readers.setdefault(node.inputs[i], []).append(self.numbers(node, i))
+
+        def see(name: str, x: torch.Tensor) -> None:
+            for numbers in readers.get(name, ()):
+                wide = np.broadcast_to(numbers, x.shape)
+                np.maximum.at(found, ((wide < 0).astype(int), np.abs(wide)), x.abs().numpy())
+
+        for value in self.graph.constants():
+            see(value.name, self.weights[value.name])
+        largest: dict[str, list[torch.Tensor]] = {}
+
+        def see_batch(node: Node, y: torch.Tensor) -> None:
+            if node.output in readers:
+                see(node.output, y.abs().amax(0, keepdim=True))
+                largest.setdefault(node.output, []).append(y.abs().flatten(1).amax(1))
+
+        for batch in data.batches(8):
+            run_float(self.graph, batch, see_batch)
+        firsts = [int(torch.cat(parts).argmax()) for parts in largest.values()]
+        return found, np.argsort(-np.bincount(np.array(firsts, int), minlength=len(data)), kind="stable")
 
     def error(self, group: Group, move: np.ndarray) -> float:
         """Squared error of the group's products, relative to their squares, when every value on the way from where the

@@ -13,7 +13,7 @@ import numpy as np
 from edgeforge.errors import InvalidInput
 from edgeforge.ir.graph import Graph
 from edgeforge.llm.prefix import Cache, Prefix, in_codes
-from edgeforge.llm.steps import positions_and_masks, within_masks
+from edgeforge.llm.steps import positions_and_masks, where_it_matters, within_masks
 from edgeforge.llm.windows import Compressed, compressed
 from edgeforge.measured import measure
 from edgeforge.progress import track
@@ -140,7 +140,8 @@ def encoded(
         whole = found.language.graph("calibration", chunk, context)
         steps = Steps(found.language, sequences, chunk, context, found.first)
         how, widths = recipe.calibration, bits(whole, recipe, target)
-        return within_masks(whole, calibrate(whole, steps, how.method, widths, how.percentile))
+        ranges = within_masks(whole, calibrate(whole, steps, how.method, widths, how.percentile))
+        return ranges if how.method == "minmax" else where_it_matters(whole, ranges, widths)
 
     return Encoded(found, step("ranges", calibrated), recipe, target)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from edgeforge.ir.graph import Graph
+from edgeforge.ir.op import OPS
 from edgeforge.quantize.calibrate import Range
 
 #: Added to the scores of what a token does not see. The mask's encoding need not reach so far: it saturates.
@@ -64,3 +65,20 @@ def within_masks(graph: Graph, ranges: Mapping[str, Range]) -> dict[str, Range]:
             changed[node.output] = (low - MARGIN, high)
             reach[masks[0]] = min(reach.get(masks[0], 0.0), low - high - MARGIN)
     return changed | {mask: (low, 0.0) for mask, low in reach.items()}
+
+
+def where_it_matters(graph: Graph, ranges: Mapping[str, Range], bits: Mapping[str, int]) -> dict[str, Range]:
+    """Ranges without what silu and gelu take to nothing: 8-bit gates far below 0, whose result is less than half a step
+    of its encoding. Squared error alone would keep them, at the price of the step."""
+    import torch
+
+    changed, readers = dict(ranges), graph.users()
+    for node in graph.nodes:
+        name = node.inputs[0]
+        if node.op in ("silu", "gelu") and bits.get(name) == 8 and len(readers[name]) == 1:
+            low, high = ranges[name]
+            x = torch.linspace(min(low, 0.0), 0.0, 512)
+            result = OPS[node.op].torch(torch, graph.view(node), x).abs()
+            felt = x[result > (ranges[node.output][1] - ranges[node.output][0]) / 510]
+            changed[name] = (max(low, float(felt.min()) if len(felt) else 0.0), high)
+    return changed

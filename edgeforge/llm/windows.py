@@ -17,7 +17,7 @@ from edgeforge.data import Batches, Dataset, from_arrays
 from edgeforge.ir.graph import Graph
 from edgeforge.ir.types import QParams, TensorType, Value
 from edgeforge.llm.prefix import Cache
-from edgeforge.llm.steps import positions_and_masks, within_masks
+from edgeforge.llm.steps import positions_and_masks, where_it_matters, within_masks
 from edgeforge.passes.constants import with_constants
 from edgeforge.quantize.assign import Groups, Plan, assign, bits
 from edgeforge.quantize.calibrate import Range, calibrate
@@ -135,6 +135,8 @@ def planned(graph: Graph, recipe: Recipe, target: Target, data: Dataset) -> Plan
     whole = graph.rebuild(values=values, inputs=(*graph.inputs, *(value.name for value in past)))
     how, widths = recipe.calibration, bits(whole, recipe, target)
     ranges = calibrate(graph, Batches(data), how.method, widths, how.percentile)
+    if how.method != "minmax":
+        ranges = where_it_matters(graph, ranges, widths)
     known: dict[str, Range] = {value.name: (float(value.data.min()), float(value.data.max())) for value in past}  # type: ignore[union-attr]
     return assign(whole, within_masks(whole, ranges | known), recipe, target)
 
