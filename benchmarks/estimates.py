@@ -396,9 +396,9 @@ INTRODUCTION = (
     "predicts. Each (model, precision) has the same weight, however many chips measured it. n: models x precisions,",
     "chips x precisions (Spearman), pairs (faster) or rows (language models, memory).",
     "",
-    "The model's form and its priors were chosen by hand on these same held-out errors, among about 90 variants, which",
-    "flatters the figures a little. Workloads follow published definitions and are checked by their numbers of weights",
-    "and by the hub's numbers of layers, never by their times.",
+    "The model's form and its priors were chosen by hand on these same held-out errors, among about 100 variants,",
+    "which flatters the figures a little. Workloads follow published definitions and are checked by their numbers of",
+    "weights and by the hub's numbers of layers, never by their times.",
     "",
 )
 

@@ -383,7 +383,7 @@ def nafnet(net: Net, width: int, size: int, encoder: tuple[int, ...], middle: in
 
 @workload("nafnet_denoise", "NAFNet-DeNoise", "nafnet")
 def _(net: Net) -> Value:
-    return nafnet(net, 32, 256, (2, 2, 4, 8), 12, (2, 2, 2, 2))
+    return nafnet(net, 64, 256, (2, 2, 4, 8), 12, (2, 2, 2, 2))
 
 
 def aot(net: Net) -> Value:

@@ -51,7 +51,7 @@ TIGHT_DEVIATION = {
 CAUCHY = 0.1
 #: Weight of the measurements of one (workload, precision) against the priors.
 TRUST = 2.0
-CHIP_SPREAD = {"all": 1.0, "group": 0.35, "compute": 0.25, "vector": 0.25, "term": 0.25}
+CHIP_SPREAD = {"all": 1.0, "group": 0.2, "compute": 0.25, "vector": 0.25, "term": 0.25}
 
 IS_DDR = np.array([term in DDR for term in TERMS])
 IS_OVERHEAD = np.array([term in OVERHEAD for term in TERMS])
