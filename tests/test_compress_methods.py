@@ -106,10 +106,10 @@ def test_the_search_looks_at_the_samples_with_the_largest_values():
     x[17, 4] = 0
     x[17, 4, 3] = 9
     rare = from_arrays("rare", {block().inputs[0]: x}, block())
-    searches = [_Search(uneven(), find_channels(uneven()), Recipe(), TARGET, data, 2) for data in (calm, rare)]
+    searches = [_Search(block(), find_channels(block()), Recipe(), TARGET, data, 8) for data in (calm, rare)]
     for group in searches[0].channels.groups:
         (low, _), (high, _) = (search.peaks(group) for search in searches)
         assert (high >= low * 0.99).all()
-    assert 17 in searches[1].seen(rare)[1][:2]
-    wanted = run_float(uneven(), rare.sample(17))[uneven().outputs[0]]
-    assert any(np.allclose(sample, wanted, atol=1e-4) for sample in searches[1].exact[uneven().outputs[0]].numpy())
+    assert 17 in searches[1].seen(rare)[1][:8]
+    wanted = run_float(block(), rare.sample(17))[block().outputs[0]]
+    assert any(np.allclose(sample, wanted, atol=1e-4) for sample in searches[1].exact[block().outputs[0]].numpy())
