@@ -41,6 +41,7 @@ from edgeforge.quantize.convert import convert
 from edgeforge.quantize.correct import correct_biases
 from edgeforge.quantize.keep import plan_from
 from edgeforge.quantize.rounding import round_weights
+from edgeforge.quantize.widen import widen
 from edgeforge.recipe import LAYERWISE, Precision, Recipe
 from edgeforge.report.text import bundle_readme, quantization_report
 from edgeforge.sim.evaluate import dequantize_outputs, quantize_feeds, run_float, simulate
@@ -89,6 +90,9 @@ def quantize(model: Model, recipe: Recipe, target: Target, data: Dataset, requan
     samples = data.head(recipe.calibration.samples)
     graph = compress(graph, recipe, target, samples)
     plan = assign(graph, ranges_of(graph, recipe, samples, bits(graph, recipe, target)), recipe, target)
+    if recipe.widen:
+        recipe = widen(graph, plan, recipe, samples)
+        plan = assign(graph, ranges_of(graph, recipe, samples, bits(graph, recipe, target)), recipe, target)
     # Training has clipped the weights already.
     scales = "minmax" if recipe.weights == "minmax" or recipe.train is not None else "mse"
     if recipe.train is not None:

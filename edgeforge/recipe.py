@@ -168,7 +168,8 @@ class Recipe(Closed):
     """Every choice of a quantization. ``compress``: methods that rewrite the float graph first, in order (see
     `edgeforge.compress`); ``train``: learns what they and the encodings leave open. ``bias_correction``: samples to
     measure the shift of means on, 0 for none (see `quantize.correct`; the LAYERWISE methods of ``weights`` have it
-    built in). ``bounds`` is keyed by backend, ``*`` for all others."""
+    built in). ``widen``: activations whose rows lose a larger share of their squares to 8 bits get 16, 0 for none (see
+    `quantize.widen`). ``bounds`` is keyed by backend, ``*`` for all others."""
 
     precision: PrecisionName = "w8a8"
     calibration: Calibration = Calibration()
@@ -176,6 +177,7 @@ class Recipe(Closed):
     train: Train | None = None
     weights: Literal["minmax", "mse", "gptq", "gptaq", "seqmse", "adaround"] = "minmax"
     bias_correction: int = Field(0, ge=0)
+    widen: float = Field(0, ge=0)
     overrides: tuple[Override, ...] = ()
     language: Shape = Shape()
     data: ImageData | TextData | None = Field(None, discriminator="kind")

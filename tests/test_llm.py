@@ -15,6 +15,7 @@ from conftest import Failed
 
 from edgeforge import backends, cli
 from edgeforge.bundle import load_bundle
+from edgeforge.compress.channels import find_channels
 from edgeforge.errors import BackendFailed, InvalidInput
 from edgeforge.frontend.decoder import Decoder, DecoderConfig, Rope
 from edgeforge.frontend.language import Language
@@ -606,6 +607,14 @@ def test_compression_behind_a_prefix_leaves_the_float_logits(folder):
     got = run_float(graph, data.stacked())["logits"]
     np.testing.assert_allclose(got, wanted[:, 1:], atol=2e-4 * np.abs(wanted).max())
     np.testing.assert_allclose(first_logits(language, 24), wanted[0, 0], atol=1e-4 * np.abs(wanted).max())
+
+
+def test_every_layer_has_free_scales_between_queries_and_keys(folder):
+    """The first layer had none once: its queries were tied to the rotary tables."""
+    language = load_model(str(folder), traced=False).language
+    graph, _ = window_graph(language, [list(range(1, 25))], ())
+    pairs = [group for group in find_channels(graph).groups if any(name.endswith("k_proj") for name in group.down)]
+    assert len(pairs) == language.config.layers
 
 
 def test_weights_chosen_layer_by_layer_reach_both_graphs(folder):

@@ -238,11 +238,11 @@ def _sum(walk: _Walk, n: NodeView) -> np.ndarray:
 
 
 def _product(walk: _Walk, n: NodeView) -> np.ndarray:
-    a, b = (walk.of(name) for name in n.node.inputs)
-    if a.any() and b.any():
-        walk.fix(a)
-        b = walk.ties.resolve(b)
-    return b if b.any() else walk.ties.resolve(a)
+    """Of two scaled operands the one with more readers is fixed: a table of the rotary embedding serves all layers."""
+    rare, common = sorted(n.node.inputs, key=lambda name: len(walk.readers[name]))
+    if walk.of(rare).any():
+        walk.fix(walk.of(common))
+    return walk.of(rare) if walk.of(rare).any() else walk.of(common)
 
 
 def _matmul(walk: _Walk, n: NodeView) -> np.ndarray:

@@ -135,6 +135,7 @@ def encoded(
     if Precision(recipe.precision).dynamic:
         return Encoded(Compressed(language, first), {}, recipe, target)
     found = compressed(language, recipe, target, sequences, first)
+    recipe = recipe.model_copy(update={"overrides": found.overrides or recipe.overrides})
 
     def calibrated() -> dict[str, Range]:
         whole = found.language.graph("calibration", chunk, context)

@@ -22,7 +22,8 @@ from edgeforge.passes.constants import with_constants
 from edgeforge.quantize.assign import Groups, Plan, assign, bits
 from edgeforge.quantize.calibrate import Range, calibrate
 from edgeforge.quantize.rounding import FROM_DATA, round_weights
-from edgeforge.recipe import Recipe
+from edgeforge.quantize.widen import widen
+from edgeforge.recipe import Override, Recipe
 from edgeforge.target import Target
 
 if TYPE_CHECKING:
@@ -36,13 +37,14 @@ WINDOW = 128
 class Compressed:
     """``language``: the same function on other weights. ``first``: the prefix's keys and values, or (). ``rounded``
     constants by (node output, input index); ``weights`` encodings by node; ``learned`` encodings by value name or (node
-    output, input index)."""
+    output, input index). ``overrides``: those of the recipe and what `widen` added, or ()."""
 
     language: Language
     first: Cache
     rounded: Mapping[tuple[str, int], np.ndarray] = field(default_factory=dict)
     weights: Mapping[str, TensorType] = field(default_factory=dict)
     learned: Mapping[str | tuple[str, int], QParams] = field(default_factory=dict)
+    overrides: tuple[Override, ...] = ()
 
     def applied(self, graph: Graph, plan: Plan) -> tuple[Graph, Plan]:
         """A graph of ``language`` with the weights, and its plan with the encodings, that were found."""
@@ -61,11 +63,14 @@ def compressed(
 ) -> Compressed:
     """The methods of the recipe on windows of ``sequences``. first: keys and values of the token that begins each."""
     chosen = recipe.weights in FROM_DATA
-    if not (recipe.compress or recipe.train or chosen):
+    if not (recipe.compress or recipe.train or recipe.widen or chosen):
         return Compressed(language, first)
     plain, data = window_graph(language, sequences, first)
     graph = compress(plain, recipe, target, data)
     found = Compressed(with_weights(language, plain, graph), first)
+    if recipe.widen:
+        recipe = widen(graph, planned(graph, recipe, target, data), recipe, data)
+        found = replace(found, overrides=recipe.overrides)
     if recipe.train or chosen:
         ranged = recipe.train or recipe.weights != "gptq"  # GPTQ reads no ranges
         plan = planned(graph, recipe, target, data if ranged else data.head(1))
