@@ -18,7 +18,7 @@ from benchmarks.measurements import DATA, Hub, chip_name, load, records, usable
 from benchmarks.workloads import MODELS
 from edgeforge.estimate.calibrate import factors_of, write_latency
 from edgeforge.estimate.decoder import START, amounts
-from edgeforge.estimate.fit import NAMES, Fit, Measured, chip_rates, fit_all, fit_chip, fit_sums, predict
+from edgeforge.estimate.fit import NAMES, Fit, Measured, chip_rates, fit_all, fit_new_chip, fit_sums, predict
 from edgeforge.estimate.memory import START as RESIDENT
 from edgeforge.estimate.memory import amounts as resident
 from edgeforge.estimate.work import PRECISIONS, TERMS
@@ -187,16 +187,14 @@ def new_chip(hub: Hub, points: int = 10) -> tuple[dict[str, float], list[Goal]]:
             aside = np.isin(models, fold)[hub.rows.sample]
             without = fit_all(hub.samples, hub.rows.pick(~mine & ~aside), elsewhere.chips, rounds=1)
             picked, goal = hub.samples.pick(train.sample), hub.samples.pick(here.sample[test])
-            center = without.center()
-            factors = fit_chip(picked, train.log_us, without.base, without.residual[train.sample], center)
-            at = predict(goal, chip_rates(without.base, factors, goal.precision))[0]
-            fresh.append(at - here.log_us[test])
-            blind.append(predict(goal, chip_rates(without.base, center, goal.precision))[0] - here.log_us[test])
-            factors = fit_chip(
-                picked, train.log_us, elsewhere.base, elsewhere.residual[train.sample], elsewhere.center()
-            )
-            at = predict(goal, chip_rates(elsewhere.base, factors, goal.precision))[0]
-            carried.append(at + elsewhere.residual[here.sample[test]] - here.log_us[test])
+            typical = np.median(without.known, axis=0)
+            blind.append(predict(goal, chip_rates(without.base, typical, goal.precision))[0] - here.log_us[test])
+            for fit, errors in ((without, fresh), (elsewhere, carried)):
+                rest = train.log_us - fit.residual[train.sample]
+                factors = fit_new_chip(picked, rest, fit.base, fit.known)
+                at = predict(goal, chip_rates(fit.base, factors, goal.precision))[0]
+                errors.append(at - here.log_us[test])
+            carried[-1] += elsewhere.residual[here.sample[test]]
             kept.append(here.pick(test))
     rows = Measured(*(np.concatenate([getattr(part, name) for part in kept]) for name in ("sample", "chip", "log_us")))
     titles = (
