@@ -393,3 +393,19 @@ def _(net: Net) -> Value:
             x = basic(net, x, width, 2 if j == 0 and width > 32 else 1)
     x = net.conv(x, 512, 3, 2, act="relu")
     return net.linear(net.reshape(net.gap(x), 1, -1), 265)
+
+
+@workload("gpunet", "GPUNet", "efficientnet")
+def _(net: Net) -> Value:
+    """GPUNet-0."""
+    x = net.conv(net.picture(1, 3, 224, 224), 32, 3, 2, act="relu")
+    for _ in range(2):
+        x = net.conv(x, 32, 3, act="relu")
+    for out, s in ((32, 2), (32, 1), (64, 2), (64, 1), (64, 1)):
+        y = net.conv(net.conv(x, x.channels * 5, 3, s, act="relu"), out)
+        x = net.add(x, y) if y.shape == x.shape else y
+    for out, s, act in ((256, 2, "silu"), (256, 1, "silu"), (256, 1, "silu"), (704, 2, "relu"), (704, 1, "relu")):
+        y = net.dw(net.conv(x, x.channels * 5, act=act), 3, s, act=act)
+        y = net.conv(net.se(y, x.channels // 4) if act == "relu" else y, out)
+        x = net.add(x, y) if y.shape == x.shape else y
+    return classifier(net, net.conv(x, 1280, act="relu"))
