@@ -150,6 +150,13 @@ def _(net: Net) -> list[Value]:
     return y.boxes(levels, *y.head(levels, "v8"))
 
 
+@workload("lpdm", "License-Plates-Detector-Model", "yolov8")
+def _(net: Net) -> list[Value]:
+    y = Yolo(net)
+    levels = yolov8(y, (640, 640), 0.25, 1 / 3)
+    return y.boxes(levels, *y.head(levels, "v8", 51))
+
+
 @workload("yolov8_obb", "YOLOv8-OBB", "yolov8")
 def _(net: Net) -> list[Value]:
     y = Yolo(net)
@@ -344,6 +351,29 @@ def _(net: Net) -> list[Value]:
     o5 = y.conv(x, 512, 3)
     o4 = y.conv(net.concat([net.up(y.conv(x, 128)), p4]), 256, 3)
     levels = [o4, o5]
+    return y.boxes(levels, *y.head(levels, "v8"))
+
+
+@workload("deepbox", "yolo_2d_detection", "yolov3")
+def _(net: Net) -> list[Value]:
+    """YOLOv3 with an Ultralytics detection head."""
+    y = Yolo(net)
+    x, skips = y.conv(net.input(1, 3, 416, 416), 32, 3), []
+    for out, depth in ((64, 1), (128, 2), (256, 8), (512, 8), (1024, 4)):
+        x = y.conv(x, out, 3, 2)
+        for _ in range(depth):
+            x = y.bottleneck(x, out, True, e=0.5)
+        skips.append(x)
+    x = y.conv(y.bottleneck(x, 1024, False, e=0.5), 512)
+    x = y.conv(y.conv(x, 1024, 3), 512)
+    o5 = y.conv(x, 1024, 3)
+    x = net.concat([net.up(y.conv(x, 256)), skips[3]])
+    x = y.conv(y.bottleneck(y.bottleneck(x, 512, False, e=0.5), 512, False, e=0.5), 256)
+    o4 = y.conv(x, 512, 3)
+    o3 = net.concat([net.up(y.conv(x, 128)), skips[2]])
+    for _ in range(3):
+        o3 = y.bottleneck(o3, 256, False, e=0.5)
+    levels = [o3, o4, o5]
     return y.boxes(levels, *y.head(levels, "v8"))
 
 
