@@ -157,16 +157,16 @@ def _(net: Net) -> list[Value]:
 
 @workload("face_attrib_net", "Facial-Attribute-Detection", "faceattrib")
 def _(net: Net) -> Value:
-    def pair(x: Value, middle: int, out: int, s: int = 1, act: str | None = "prelu") -> Value:
-        """Grouped 3 x 3, then pointwise."""
-        return net.conv(net.conv(x, middle, 3, s, g=x.channels // 32), out, act=act)
+    def pair(x: Value, middle: int, out: int, s: int = 1, act: str | None = "prelu", group: int = 32) -> Value:
+        """3 x 3 in groups of channels, then pointwise."""
+        return net.conv(net.conv(x, middle, 3, s, g=x.channels // group), out, act=act)
 
     x = net.conv(net.picture(1, 3, 128, 128), 64, 3, act="prelu")
     x = net.add(pair(pair(x, 64, 64, 2), 64, 64, act=None), pair(x, 64, 64, 2, None), "prelu")
     features = []
     for depth in (2, 6, 3):
         c = x.channels
-        y = pair(pair(x, 4 * c, 2 * c, 2), 4 * c, 2 * c, act=None)
+        y = pair(pair(x, 4 * c, 2 * c, 2), 4 * c, 2 * c, act=None, group=64)
         x = net.add(pair(x, 2 * c, 2 * c, 2), y, "prelu")
         for _ in range(depth - 1):
             y = pair(pair(x, 4 * c, 2 * c), 4 * c, 2 * c, act=None)
