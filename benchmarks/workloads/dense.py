@@ -358,7 +358,9 @@ def _(net: Net) -> Value:
     return net.conv(x, 3, 9, act="clip")
 
 
-def nafnet(net: Net, width: int, size: tuple[int, int], encoder: tuple[int, ...], middle: int, decoder: tuple[int, ...]) -> Value:
+def nafnet(
+    net: Net, width: int, size: tuple[int, int], encoder: tuple[int, ...], middle: int, decoder: tuple[int, ...]
+) -> Value:
     def block(x: Value) -> Value:
         c = x.channels
         y = net.dw(net.conv(net.norm(x, "channel_norm"), 2 * c), 3)

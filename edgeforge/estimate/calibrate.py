@@ -26,8 +26,6 @@ from edgeforge.target import Target, load_target, names
 COLUMNS = ("model", "precision", "latency_ms")
 #: A fit with fewer workloads would only move noise.
 FEWEST = 5
-#: Typical error of the rates about a workload (log), which measurements of one chip alone cannot tell from the chip's.
-RATES_ERROR = 0.15
 FASTEST_MS, SLOWEST_MS = 0.01, 60_000.0
 
 
@@ -113,7 +111,7 @@ def calibrate(target: Target, points: Sequence[Point], programs: Mapping[str, Pr
             f"the measurements of {target.name} are {math.exp(offset):.3g} times what a typical chip needs"
             " -> latency_ms must be milliseconds of one inference on the NPU"
         )
-    chip = fit_new_chip(samples, log_us, base, _known(), RATES_ERROR)
+    chip = fit_new_chip(samples, log_us, base, _known())
     error = predict(samples, chip_rates(base, chip, samples.precision))[0] - log_us
     order = np.argsort(-np.abs(error))[:5]
     worst = tuple((f"{points[i].model} {points[i].precision}", float(np.exp(error[i]))) for i in order)

@@ -184,18 +184,18 @@ def fit_chip(
 OWN = 0.1
 
 
-def fit_new_chip(samples: Samples, log_us: Array, base: Array, known: Array, scale: float = 0.05) -> Array:
+def fit_new_chip(samples: Samples, log_us: Array, base: Array, known: Array) -> Array:
     """Log factors of a chip with few measurements, log_us [n] as for `fit_chip`. It resembles one of the ``known``
     chips [chips, factors] and differs from it as they differ from each other: one fit around each of them, averaged
     by how well they explain the measurements."""
     apart = known - np.median(known, axis=0)
     certainty = np.linalg.inv(apart.T @ apart / len(known) + OWN * np.diag(CHIP_PRIOR**2))
-    fits = np.array([fit_chip(samples, log_us, base, near, 10, scale, near, certainty) for near in known])
+    fits = np.array([fit_chip(samples, log_us, base, near, 10, CAUCHY, near, certainty) for near in known])
     misfit = np.zeros(len(known))
     for i, chip in enumerate(fits):
         error = log_us - predict(samples, chip_rates(base, chip, samples.precision))[0]
         away = chip - known[i]
-        misfit[i] = np.log1p((error / scale) ** 2).sum() + away @ certainty @ away
+        misfit[i] = np.log1p((error / CAUCHY) ** 2).sum() + away @ certainty @ away
     return np.average(fits, axis=0, weights=np.exp((misfit.min() - misfit) / 2))
 
 
