@@ -109,7 +109,7 @@ def names() -> list[str]:
 
 
 def load_target(name: str) -> Target:
-    """Read a target by its name, part number, marketing name or device ("Galaxy S24"), or a path to a YAML file.
+    """Read a target by its name, part number, marketing name or device ("Galaxy S24", "S24"), or a path to a YAML file.
 
     Raises InvalidInput with the nearest names."""
     return _resolved(target_file(name))
@@ -152,12 +152,12 @@ def _bases() -> list[str]:
     return sorted(path.stem for path in (folder("targets") / "bases").glob("*.yaml"))
 
 
-#: Words that name no chip: makers and kinds of products.
-NOISE = ("qualcomm", "samsung", "google", "5g", "mobile", "proxy")
+#: Words that name no chip: makers, their series and kinds of products.
+NOISE = ("qualcomm", "samsung", "galaxy", "google", "5g", "mobile", "proxy")
 
 
 def plain(name: str) -> str:
-    """A name without `NOISE`, case, spaces and punctuation: "Samsung Galaxy S24+" -> "galaxys24plus"."""
+    """A name without `NOISE`, case, spaces and punctuation: "Samsung Galaxy S24+" -> "s24plus"."""
     words = re.sub(r"[^a-z0-9]+", " ", name.lower().replace("+", " plus ")).split()
     return "".join(word for word in words if word not in NOISE)
 
@@ -179,10 +179,9 @@ def _lookup(name: str) -> str:
     index, asked = _index(), plain(name)
     if asked in index:
         return index[asked]
-    near = [index[key] for key in difflib.get_close_matches(asked, index, 3, 0.6)]
+    near = [index[key] for key in difflib.get_close_matches(asked, index, 3, 0.0)]
     raise InvalidInput(
-        f"unknown target {name!r} -> did you mean {', '.join(dict.fromkeys(near or names()))}?"
-        " (edgeforge targets lists all)"
+        f"unknown target {name!r} -> did you mean {', '.join(dict.fromkeys(near))}? (edgeforge targets lists all)"
     )
 
 

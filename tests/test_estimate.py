@@ -100,6 +100,16 @@ def test_views_cost_nothing() -> None:
     assert ms(net(True)) == pytest.approx(ms(net(False)), rel=1e-12)
 
 
+def test_whole_tiles_of_channels_are_views() -> None:
+    def slices(channels: int) -> float:
+        net = Net("slices")
+        x = net.conv(net.input(1, 8, 56, 56), 2 * channels, 3)
+        program = net.finish(net.mul(*net.split(x, 2)))
+        return sum(node.us for node in estimate_program(program, PHONE, "w8a8").nodes if node.op == "slice")
+
+    assert slices(64) == 0 < slices(40)
+
+
 def test_clamps_run_inside_the_convolution_before_them() -> None:
     def net(act: str | None) -> Program:
         net = Net("clamp")

@@ -385,11 +385,27 @@ def _(net: Net) -> Value:
     return resnet3d(net, net.picture(1, 3, 16, 112, 112), False)
 
 
-@workload("facemap_3dmm", "Facial-Landmark-Detection", "mobilenet")
+@workload("facemap_3dmm", "Facial-Landmark-Detection", "resnet")
 def _(net: Net) -> Value:
-    x = net.conv(net.input(1, 3, 128, 128), 32, 3, 2, act="relu")
-    for width, blocks in ((32, 2), (64, 2), (128, 2), (256, 2)):
-        for j in range(blocks):
-            x = basic(net, x, width, 2 if j == 0 and width > 32 else 1)
-    x = net.conv(x, 512, 3, 2, act="relu")
+    """A gray ResNet-18 of half the width, except for its last block."""
+    x = net.conv(net.mul(net.input(1, 3, 128, 128)), 1)
+    x = net.pool(net.pad(net.conv(x, 32, 7, 2, act="relu"), 1, 1), 3, 2)
+    for out, stride in ((32, 1), (32, 1), (64, 2), (64, 1), (128, 2), (128, 1), (256, 2), (512, 1)):
+        x = basic(net, x, out, stride)
     return net.linear(net.reshape(net.gap(x), 1, -1), 265)
+
+
+@workload("gpunet", "GPUNet", "efficientnet")
+def _(net: Net) -> Value:
+    """GPUNet-0."""
+    x = net.conv(net.picture(1, 3, 224, 224), 32, 3, 2, act="relu")
+    for _ in range(2):
+        x = net.conv(x, 32, 3, act="relu")
+    for out, s in ((32, 2), (32, 1), (64, 2), (64, 1), (64, 1)):
+        y = net.conv(net.conv(x, x.channels * 5, 3, s, act="relu"), out)
+        x = net.add(x, y) if y.shape == x.shape else y
+    for out, s, act in ((256, 2, "silu"), (256, 1, "silu"), (256, 1, "silu"), (704, 2, "relu"), (704, 1, "relu")):
+        y = net.dw(net.conv(x, x.channels * 5, act=act), 3, s, act=act)
+        y = net.conv(net.se(y, x.channels // 4) if act == "relu" else y, out)
+        x = net.add(x, y) if y.shape == x.shape else y
+    return classifier(net, net.conv(x, 1280, act="relu"))

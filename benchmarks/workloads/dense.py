@@ -53,7 +53,9 @@ def _(net: Net) -> Value:
 
 @workload("pspnet", "PSPNet", "fcn")
 def _(net: Net) -> Value:
+    """The picture and its mirror image as a batch, whose softmaxes are averaged."""
     x = net.input(1, 3, 473, 473)
+    x = net.mul(net.binary("sub", net.concat([x, net.emit("gather", [x], x.shape)], 0)))
     x = net.conv(net.conv(net.conv(x, 64, 3, 2, act="relu"), 64, 3, act="relu"), 128, 3, act="relu")
     x = net.pool(x, 3, 2, 1)
     for i, depth in enumerate((3, 4, 23, 3)):
@@ -63,11 +65,13 @@ def _(net: Net) -> Value:
     parts = [x]
     for bins in (1, 2, 3, 6):
         y = net.emit(
-            "avg_pool", [x], (1, 2048, bins, bins), kernel=(size[0] // bins,) * 2, stride=(size[0] // bins,) * 2
+            "avg_pool", [x], (2, 2048, bins, bins), kernel=(size[0] // bins,) * 2, stride=(size[0] // bins,) * 2
         )
         parts.append(net.resize(net.conv(y, 512, act="relu"), size))
     x = net.conv(net.concat(parts), 512, 3, act="relu")
-    return net.resize(net.conv(x, 150), (473, 473))
+    x = net.softmax(net.resize(net.conv(x, 150), (473, 473)), 1)
+    plain, mirrored = net.split(x, 2, 0)
+    return net.mul(net.add(plain, net.emit("gather", [mirrored], mirrored.shape)))
 
 
 @workload("unet_segmentation", "Unet-Segmentation", "unet")
@@ -354,7 +358,9 @@ def _(net: Net) -> Value:
     return net.conv(x, 3, 9, act="clip")
 
 
-def nafnet(net: Net, width: int, size: int, encoder: tuple[int, ...], middle: int, decoder: tuple[int, ...]) -> Value:
+def nafnet(
+    net: Net, width: int, size: tuple[int, int], encoder: tuple[int, ...], middle: int, decoder: tuple[int, ...]
+) -> Value:
     def block(x: Value) -> Value:
         c = x.channels
         y = net.dw(net.conv(net.norm(x, "channel_norm"), 2 * c), 3)
@@ -364,7 +370,9 @@ def nafnet(net: Net, width: int, size: int, encoder: tuple[int, ...], middle: in
         y = net.conv(net.norm(x, "channel_norm"), 2 * c)
         return net.add(x, net.mul(net.conv(net.mul(*net.split(y, 2)), c)))
 
-    image = net.input(1, 3, size, size)
+    image = net.input(1, 3, *size)
+    rows, columns = ((-n) % 2 ** len(encoder) for n in size)
+    image = net.pad(image, columns, rows) if rows or columns else image
     x = net.conv(image, width, 3)
     skips = []
     for depth in encoder:
@@ -378,12 +386,18 @@ def nafnet(net: Net, width: int, size: int, encoder: tuple[int, ...], middle: in
         x = net.add(net.shuffle(net.conv(x, x.channels * 2), 2), skips.pop())
         for _ in range(depth):
             x = block(x)
-    return net.add(net.conv(x, 3, 3), image)
+    x = net.add(net.conv(x, 3, 3), image)
+    return net.slice(x, 0, size[0], 2) if rows or columns else x
 
 
 @workload("nafnet_denoise", "NAFNet-DeNoise", "nafnet")
 def _(net: Net) -> Value:
-    return nafnet(net, 64, 256, (2, 2, 4, 8), 12, (2, 2, 2, 2))
+    return nafnet(net, 64, (256, 256), (2, 2, 4, 8), 12, (2, 2, 2, 2))
+
+
+@workload("nafnet_deblur", "NAFNet-DeBlur", "nafnet")
+def _(net: Net) -> Value:
+    return nafnet(net, 64, (360, 640), (1, 1, 1, 28), 1, (1, 1, 1, 1))
 
 
 def aot(net: Net) -> Value:

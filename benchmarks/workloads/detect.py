@@ -150,6 +150,13 @@ def _(net: Net) -> list[Value]:
     return y.boxes(levels, *y.head(levels, "v8"))
 
 
+@workload("lpdm", "License-Plates-Detector-Model", "yolov8")
+def _(net: Net) -> list[Value]:
+    y = Yolo(net)
+    levels = yolov8(y, (640, 640), 0.25, 1 / 3)
+    return y.boxes(levels, *y.head(levels, "v8", 51))
+
+
 @workload("yolov8_obb", "YOLOv8-OBB", "yolov8")
 def _(net: Net) -> list[Value]:
     y = Yolo(net)
@@ -345,6 +352,56 @@ def _(net: Net) -> list[Value]:
     o4 = y.conv(net.concat([net.up(y.conv(x, 128)), p4]), 256, 3)
     levels = [o4, o5]
     return y.boxes(levels, *y.head(levels, "v8"))
+
+
+@workload("deepbox", "yolo_2d_detection", "yolov3")
+def _(net: Net) -> list[Value]:
+    """YOLOv3 with an Ultralytics detection head."""
+    y = Yolo(net)
+    x, skips = y.conv(net.input(1, 3, 416, 416), 32, 3), []
+    for out, depth in ((64, 1), (128, 2), (256, 8), (512, 8), (1024, 4)):
+        x = y.conv(x, out, 3, 2)
+        for _ in range(depth):
+            x = y.bottleneck(x, out, True, e=0.5)
+        skips.append(x)
+    x = y.conv(y.bottleneck(x, 1024, False, e=0.5), 512)
+    x = y.conv(y.conv(x, 1024, 3), 512)
+    o5 = y.conv(x, 1024, 3)
+    x = net.concat([net.up(y.conv(x, 256)), skips[3]])
+    x = y.conv(y.bottleneck(y.bottleneck(x, 512, False, e=0.5), 512, False, e=0.5), 256)
+    o4 = y.conv(x, 512, 3)
+    o3 = net.concat([net.up(y.conv(x, 128)), skips[2]])
+    for _ in range(3):
+        o3 = y.bottleneck(o3, 256, False, e=0.5)
+    levels = [o3, o4, o5]
+    return y.boxes(levels, *y.head(levels, "v8"))
+
+
+@workload("yolov4", "Yolo-v4", "yolov4")
+def _(net: Net) -> list[Value]:
+    """YOLOv4-tiny, whose two levels are decoded as published: sigmoid and exponential, not the square of Yolo v5."""
+    y = Yolo(net, "leaky_relu")
+    x = y.conv(y.conv(net.input(1, 3, 416, 416), 32, 3, 2), 64, 3, 2)
+    for out in (64, 128, 256):
+        whole = y.conv(x, out, 3)
+        first = y.conv(net.split(whole, 2)[1], out // 2, 3)
+        p4 = y.conv(net.concat([y.conv(first, out // 2, 3), first]), out)
+        x = net.pool(net.concat([whole, p4]), 2, 2)
+    x = y.conv(y.conv(x, 512, 3), 256)
+    raw = [net.conv(y.conv(x, 512, 3), 255)]
+    raw.append(net.conv(y.conv(net.concat([net.up(y.conv(x, 128)), p4]), 256, 3), 255))
+    parts: list[list[Value]] = [[], [], []]
+    for x in raw:
+        h, w = x.shape[2:]
+        z = net.transpose(net.reshape(x, 1, 3, 85, h, w), 0, 1, 3, 4, 2)
+        parts[0].append(net.mul(net.add(net.act(net.slice(z, 0, 2, -1), "sigmoid"))))
+        parts[1].append(net.mul(net.act(net.slice(z, 2, 4, -1), "exp")))
+        parts[2].append(net.concat([net.act(net.slice(z, a, b, -1), "sigmoid") for a, b in ((4, 5), (5, 85))], -1))
+    xy, wh, scores = (net.concat([net.reshape(x, 1, -1, x.shape[-1]) for x in part], 1) for part in parts)
+    half = net.mul(wh)
+    box = net.concat([net.binary("sub", xy, half), net.add(xy, half)], -1)
+    certain, scores = net.slice(scores, 0, 1, -1), net.slice(scores, 1, 81, -1)
+    return [box, net.mul(net.reduce(scores, -1, "reduce_max"), certain), net.reduce(scores, -1, "argmax")]
 
 
 @workload("yolov6", "Yolo-v6", "yolov6")

@@ -169,7 +169,7 @@ class Net:
     def slice(self, x: Value, start: int, end: int, axis: int = 1) -> Value:
         axis %= len(x.shape)
         shape = (*x.shape[:axis], end - start, *x.shape[axis + 1 :])
-        return self.emit("slice", [x], shape, axis=axis)
+        return self.emit("slice", [x], shape)
 
     def split(self, x: Value, parts: int, axis: int = 1) -> list[Value]:
         width = x.shape[axis] // parts

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.workloads import workload
+from benchmarks.workloads.classify import inverted
 from benchmarks.workloads.net import Net, Value
 
 # ---------------------------------------------------------------------------------------------------------- MediaPipe
@@ -64,8 +65,7 @@ def _(net: Net) -> list[Value]:
     return [net.mul(net.reshape(outputs[0], 1, 468, 3)), net.act(outputs[1], "sigmoid")]
 
 
-@workload("mediapipe_hand", "hand_detector", "blaze")
-def _(net: Net) -> list[Value]:
+def palms(net: Net) -> list[Value]:
     x = net.conv(net.pad(net.input(1, 3, 256, 256), 1, 1), 32, 3, 2, 0, act="relu")
     for _ in range(7):
         x = blaze(net, x, 32)
@@ -75,6 +75,36 @@ def _(net: Net) -> list[Value]:
     y = blaze(net, net.add(y, net.deconv(z, 256, 2, 2, act="relu")), 256)
     x = blaze(net, net.add(x, net.deconv(y, 128, 2, 2, act="relu")), 128)
     return anchored(net, ((x, 2), (y, 2), (z, 6)), 18)
+
+
+workload("mediapipe_hand", "hand_detector", "blaze")(palms)
+
+
+@workload("mediapipe_hand_gesture", "palm_detector", "blaze")
+def _(net: Net) -> list[Value]:
+    """The detector of hands with its boxes decoded."""
+    boxes, scores = palms(net)
+    boxes = net.reshape(net.add(net.mul(net.reshape(boxes, 1, -1, 9, 2))), 1, -1, 18)
+    corner, size, marks = (net.slice(boxes, a, b, -1) for a, b in ((0, 2), (2, 4), (4, 18)))
+    half = net.mul(size)
+    boxes = net.concat([net.binary("sub", corner, half), net.add(corner, half), marks], -1)
+    return [boxes, net.reshape(net.act(net.act(scores, "clip"), "sigmoid"), 1, -1)]
+
+
+@workload("mediapipe_hand_gesture", "hand_landmark_detector", "mobilenet")
+def _(net: Net) -> list[Value]:
+    x = net.conv(net.input(1, 3, 224, 224), 24, 3, 2, act="relu6")
+    x = net.conv(net.dw(x, 3, act="relu6"), 16)
+    for hidden, k, s, out in (
+        (64, 3, 2, 24), (144, 3, 1, 24), (144, 5, 2, 40), (240, 5, 1, 40), (240, 3, 2, 80), (480, 3, 1, 80),
+        (480, 3, 1, 80), (480, 5, 1, 112), (672, 5, 1, 112), (672, 5, 1, 112), (672, 5, 2, 192), (1152, 5, 1, 192),
+        (1152, 5, 1, 192), (1152, 5, 1, 192),
+    ):  # fmt: skip
+        x = inverted(net, x, out, k, s, hidden, "relu6")
+    x = net.dw(net.conv(x, 1152, act="relu6"), 3, act="relu6")
+    x = net.reshape(net.gap(x), 1, 1152)
+    marks, certain, hand, world = (net.linear(x, n) for n in (63, 1, 1, 63))
+    return [marks, net.act(certain, "sigmoid"), net.act(hand, "sigmoid"), world]
 
 
 @workload("mediapipe_hand", "hand_landmark_detector", "blaze")
@@ -127,16 +157,16 @@ def _(net: Net) -> list[Value]:
 
 @workload("face_attrib_net", "Facial-Attribute-Detection", "faceattrib")
 def _(net: Net) -> Value:
-    def pair(x: Value, middle: int, out: int, s: int = 1, act: str | None = "prelu") -> Value:
-        """Grouped 3 x 3, then pointwise."""
-        return net.conv(net.conv(x, middle, 3, s, g=x.channels // 32), out, act=act)
+    def pair(x: Value, middle: int, out: int, s: int = 1, act: str | None = "prelu", group: int = 32) -> Value:
+        """3 x 3 in groups of channels, then pointwise."""
+        return net.conv(net.conv(x, middle, 3, s, g=x.channels // group), out, act=act)
 
     x = net.conv(net.picture(1, 3, 128, 128), 64, 3, act="prelu")
     x = net.add(pair(pair(x, 64, 64, 2), 64, 64, act=None), pair(x, 64, 64, 2, None), "prelu")
     features = []
     for depth in (2, 6, 3):
         c = x.channels
-        y = pair(pair(x, 4 * c, 2 * c, 2), 4 * c, 2 * c, act=None)
+        y = pair(pair(x, 4 * c, 2 * c, 2), 4 * c, 2 * c, act=None, group=64)
         x = net.add(pair(x, 2 * c, 2 * c, 2), y, "prelu")
         for _ in range(depth - 1):
             y = pair(pair(x, 4 * c, 2 * c), 4 * c, 2 * c, act=None)

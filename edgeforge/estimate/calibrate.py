@@ -17,11 +17,11 @@ import yaml
 
 from edgeforge.errors import InvalidInput
 from edgeforge.estimate.estimate import priced
-from edgeforge.estimate.fit import CHIP_KEYS, Samples, chip_rates, fit_chip, predict
+from edgeforge.estimate.fit import CHIP_KEYS, Samples, chip_rates, fit_new_chip, predict
 from edgeforge.estimate.latency import NAMES
 from edgeforge.estimate.program import Program
 from edgeforge.estimate.work import PRECISIONS, TERMS
-from edgeforge.target import Target
+from edgeforge.target import Target, load_target, names
 
 COLUMNS = ("model", "precision", "latency_ms")
 #: A fit with fewer workloads would only move noise.
@@ -111,12 +111,19 @@ def calibrate(target: Target, points: Sequence[Point], programs: Mapping[str, Pr
             f"the measurements of {target.name} are {math.exp(offset):.3g} times what a typical chip needs"
             " -> latency_ms must be milliseconds of one inference on the NPU"
         )
-    chip = fit_chip(samples, log_us, base, np.zeros(len(points)), steps=20, carried=False)
+    chip = fit_new_chip(samples, log_us, base, _known())
     error = predict(samples, chip_rates(base, chip, samples.precision))[0] - log_us
     order = np.argsort(-np.abs(error))[:5]
     worst = tuple((f"{points[i].model} {points[i].precision}", float(np.exp(error[i]))) for i in order)
     after = float(np.median(np.abs(np.expm1(error))))
     return Calibration(factors_of(chip), len(points), float(np.median(before)), after, worst)
+
+
+def _known() -> np.ndarray:
+    """Log factors of the catalogue's chips [chips, factors]."""
+    latencies = [latency for name in names() if (latency := load_target(name).latency) is not None]
+    factors = [latency.factors for latency in latencies if latency.factors]
+    return np.log([[of.get(part, {}).get(key, 1.0) for part, key in CHIP_KEYS] for of in factors])
 
 
 def factors_of(chip: np.ndarray) -> dict[str, dict[str, float]]:

@@ -114,7 +114,7 @@ def _prior() -> Array:
 def fit_base(samples: Samples, log_us: Array, steps: int = 40) -> Array:
     """Parameters of the rates of all precisions: Gauss-Newton, with weights that become robust step by step."""
     k, n = len(TERMS), len(log_us)
-    theta, scale, prior = np.zeros((1 + len(NAMES), k)), 0.5, _prior()
+    theta, scale, certainty = np.zeros((1 + len(NAMES), k)), 0.5, np.diag(1 / _prior() ** 2)
     for _ in range(steps):
         predicted, share = predict(samples, base_rates(theta)[samples.precision])
         error = log_us - predicted
@@ -123,7 +123,7 @@ def fit_base(samples: Samples, log_us: Array, steps: int = 40) -> Array:
         for p in range(len(NAMES)):
             rows = samples.precision == p
             jacobian[rows, k * (p + 1) : k * (p + 2)] = share[rows]
-        step = _step(jacobian, error, TRUST / CAUCHY**2 * _cauchy(error, scale), theta.ravel(), prior)
+        step = _step(jacobian, error, TRUST / CAUCHY**2 * _cauchy(error, scale), theta.ravel(), certainty)
         theta += np.clip(step, -0.5, 0.5).reshape(theta.shape)
         if scale == CAUCHY and np.abs(step).max() < 2e-3:
             break
@@ -131,11 +131,11 @@ def fit_base(samples: Samples, log_us: Array, steps: int = 40) -> Array:
     return theta
 
 
-def _step(jacobian: Array, error: Array, weight: Array, theta: Array, prior: Array) -> Array:
-    """One Gauss-Newton step of a weighted least-squares fit with a Gaussian prior around zero."""
-    hessian = (jacobian * weight[:, None]).T @ jacobian
-    hessian[np.diag_indices(len(theta))] += 1 / prior**2
-    return np.linalg.solve(hessian, jacobian.T @ (weight * error) - theta / prior**2)
+def _step(jacobian: Array, error: Array, weight: Array, theta: Array, certainty: Array) -> Array:
+    """One Gauss-Newton step of a weighted least-squares fit with a Gaussian prior around zero, whose inverse
+    covariance is ``certainty``."""
+    hessian = (jacobian * weight[:, None]).T @ jacobian + certainty
+    return np.linalg.solve(hessian, jacobian.T @ (weight * error) - certainty @ theta)
 
 
 def _cauchy(error: Array, scale: float) -> Array:
@@ -160,24 +160,43 @@ def chip_rates(base: Array, chip: Array, precision: Array) -> Array:
 
 
 def fit_chip(
-    samples: Samples, log_us: Array, base: Array, residual: Array, center: Array | None = None, steps: int = 8,
-    start: Array | None = None, carried: bool = True,
+    samples: Samples, log_us: Array, base: Array, start: Array, steps: int, scale: float = 0.05,
+    center: Array | None = None, certainty: Array | None = None,
 ) -> Array:  # fmt: skip
-    """Log factors of one chip. residual [n]: what the base is known to get wrong about each sample (0: unknown).
-    center: factors of a typical chip, which few measurements stay near. carried: residuals come from other chips, so
-    what is left is small; else it is as large as the model's own error."""
+    """Log factors of one chip from log_us [n], less what the base is known to get wrong about each sample.
+    scale: errors far beyond it hardly count. center, certainty: mean and inverse covariance of the prior (default:
+    zero, `CHIP_PRIOR`)."""
     center = np.zeros(len(CHIP_KEYS)) if center is None else center
-    chip = (center if start is None else start).copy()
-    scale = 0.05 if carried else 0.15
+    certainty = np.diag(1 / CHIP_PRIOR**2) if certainty is None else certainty
+    chip = start.copy()
     for _ in range(steps):
         predicted, share = predict(samples, chip_rates(base, chip, samples.precision))
-        error = log_us - residual - predicted
+        error = log_us - predicted
         jacobian = np.einsum("nt,nkt->nk", share, APPLIES[samples.precision])
-        step = _step(jacobian, error, _cauchy(error, scale) / scale**2, chip - center, CHIP_PRIOR)
+        step = _step(jacobian, error, _cauchy(error, scale) / scale**2, chip - center, certainty)
         chip += np.clip(step, -0.7, 0.7)
         if np.abs(step).max() < 1e-3:
             break
     return chip
+
+
+#: Share of `CHIP_PRIOR`'s variance that is left where the known chips do not differ.
+OWN = 0.1
+
+
+def fit_new_chip(samples: Samples, log_us: Array, base: Array, known: Array) -> Array:
+    """Log factors of a chip with few measurements, log_us [n] as for `fit_chip`. It resembles one of the ``known``
+    chips [chips, factors] and differs from it as they differ from each other: one fit around each of them, averaged
+    by how well they explain the measurements."""
+    apart = known - np.median(known, axis=0)
+    certainty = np.linalg.inv(apart.T @ apart / len(known) + OWN * np.diag(CHIP_PRIOR**2))
+    fits = np.array([fit_chip(samples, log_us, base, near, 10, CAUCHY, near, certainty) for near in known])
+    misfit = np.zeros(len(known))
+    for i, chip in enumerate(fits):
+        error = log_us - predict(samples, chip_rates(base, chip, samples.precision))[0]
+        away = chip - known[i]
+        misfit[i] = np.log1p((error / CAUCHY) ** 2).sum() + away @ certainty @ away
+    return np.average(fits, axis=0, weights=np.exp((misfit.min() - misfit) / 2))
 
 
 @dataclass
@@ -192,9 +211,10 @@ class Fit:
     def base(self) -> Array:
         return base_rates(self.theta)
 
-    def center(self) -> Array:
-        """Factors of a typical chip."""
-        return np.median(list(self.chips.values()), axis=0)
+    @property
+    def known(self) -> Array:
+        """Log factors of all chips [chips, factors]."""
+        return np.array(list(self.chips.values()))
 
 
 @dataclass(frozen=True)
@@ -223,9 +243,8 @@ def fit_all(samples: Samples, rows: Measured, chips: Mapping[str, Array] | None 
         residual = relative - predict(samples, base[samples.precision])[0]
         for name in names:
             mine = rows.pick(rows.chip == name)
-            found[name] = fit_chip(
-                samples.pick(mine.sample), mine.log_us, base, residual[mine.sample], start=found[name], steps=4
-            )
+            rest = mine.log_us - residual[mine.sample]
+            found[name] = fit_chip(samples.pick(mine.sample), rest, base, found[name], steps=4)
         relative = _relative(samples, rows, base, found)
     return Fit(theta, found, relative - predict(samples, base[samples.precision])[0])
 
@@ -275,6 +294,7 @@ def fit_sums(amounts: Array, log_us: Array, chips: Array, start: Array, steps: i
     k = len(start)
     theta = np.zeros((1 + len(names), k))
     prior = np.concatenate([np.full(k, SUM_SPREAD["base"]), np.full(k * len(names), SUM_SPREAD["chip"])])
+    certainty = np.diag(1 / prior**2)
     which = np.searchsorted(names, chips)
     for _ in range(steps):
         parts = amounts * np.exp(start + theta[0] + theta[1 + which])
@@ -285,7 +305,7 @@ def fit_sums(amounts: Array, log_us: Array, chips: Array, start: Array, steps: i
         for c in range(len(names)):
             jacobian[which == c, k * (c + 1) : k * (c + 2)] = share[which == c]
         error = log_us - np.log(total)
-        step = _step(jacobian, error, _cauchy(error, SUM_SCALE) / SUM_SCALE**2, theta.ravel(), prior)
+        step = _step(jacobian, error, _cauchy(error, SUM_SCALE) / SUM_SCALE**2, theta.ravel(), certainty)
         theta += np.clip(step, -0.5, 0.5).reshape(theta.shape)
         if np.abs(step).max() < 1e-3:
             break

@@ -166,9 +166,13 @@ def works(program: Program, precision: Precision) -> list[Work]:
 
 
 def _fused(layer: Layer, made: dict[str, Layer], readers: dict[str, list[Layer]], program: Program) -> bool:
-    """Clamps and constant factors or addends go into the layer before; a matmul transposes its second operand."""
+    """Clamps and constant factors or addends go into the layer before; a matmul transposes its second operand; whole
+    tiles of an image's channels are a view."""
     if layer.op == "expand":
         return True
+    if layer.op == "slice" and layer.output not in program.outputs:
+        before, shape = program.shapes[layer.inputs[0]], program.shapes[layer.output]
+        return len(shape) == 4 and before[2:] == shape[2:] and shape[1] % TILE_DEPTH == 0
     if layer.op == "transpose" and layer.output not in program.outputs:
         rank = len(layer.attrs["perm"])
         swapped = tuple(layer.attrs["perm"]) == (*range(rank - 2), rank - 1, rank - 2)
