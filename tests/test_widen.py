@@ -39,6 +39,16 @@ def rows(outlier: float) -> np.ndarray:
     return x
 
 
+def test_a_layer_that_reads_what_was_widened_keeps_the_weights_it_was_given():
+    graph = optimize(from_module(Gated().eval(), (torch.zeros(1, 16),), "gated").graph)
+    overrides = [{"match": "down", "precision": "w4a8"}]
+    recipe = Recipe.model_validate({"widen": 1e-6, "overrides": overrides})
+    data = from_arrays("rows", {graph.inputs[0]: rows(1.0)}, graph)
+    integer = quantize(Model("gated", Imported(graph), Path()), recipe, TARGET, data)
+    (down,) = (node for node in integer.nodes if node.source == "down" and node.op == "linear")
+    assert (integer.type(down.inputs[0]).dtype, integer.type(down.inputs[1]).dtype) == ("u16", "i4")
+
+
 @pytest.mark.parametrize(("outlier", "wide"), [(1.0, False), (60.0, True)])
 def test_what_a_rare_row_spoils_has_16_bits_and_nothing_else_has(outlier, wide):
     graph = optimize(from_module(Gated().eval(), (torch.zeros(1, 16),), "gated").graph)

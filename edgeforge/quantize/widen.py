@@ -17,7 +17,7 @@ from edgeforge.data import Batches, Dataset
 from edgeforge.ir.graph import Graph, Node
 from edgeforge.ir.op import LAYERS
 from edgeforge.quantize.assign import Groups, Plan
-from edgeforge.recipe import Override, Precision, Recipe
+from edgeforge.recipe import Override, Recipe
 from edgeforge.sim.evaluate import run_float
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def widen(graph: Graph, plan: Plan, recipe: Recipe, data: Dataset) -> Recipe:
     overrides = [Override(match=name, output="a16") for name in found if name in wide]
     for node in graph.nodes:
         if node.op in LAYERS and node.inputs[0] in wide:
-            weights = Precision(recipe.precision).name.partition("a")[0]
-            overrides.append(Override(match=node.output, precision=f"{weights}a16"))
+            overrides.append(
+                Override(match=node.output, precision=plan.precision[node.output].name.replace("a8", "a16"))
+            )
     return recipe.model_copy(update={"overrides": (*recipe.overrides, *overrides)})
