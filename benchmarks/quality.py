@@ -79,6 +79,7 @@ METHODS = {
     MOBILEQUANT: [PREFIX, MSE, f"compress=[{SMOOTH}]", END_TO_END, GPTQ],
     "rotate + mobilequant": [PREFIX, MSE, f"compress=[{ROTATE}, {SMOOTH}]", END_TO_END, GPTQ],
     **ABLATION,
+    **(json.loads(Path(os.environ["EXP"]).read_text()) if os.environ.get("EXP") else {}),
 }
 #: What the bars are checked on, and what they allow, in percent, without and with stress.
 CHOSEN = {"w8a8": NARROW, "w4a8": NARROW, "w8a16": WIDE, "w4a16-b32": WIDE}
@@ -183,7 +184,8 @@ def measure(name: str, method: str, precision: str, seed: int | None, draw: int,
     assert language is not None and language.bos is not None
     tokenizer = language.encoder()
     pool = texts(slice(0, 550), tokenizer, language.bos)
-    picked = pool[np.random.default_rng(draw).choice(len(pool), SAMPLES, replace=False)]
+    count = Case(language, precision, tuple(METHODS[method])).recipe.calibration.samples
+    picked = pool[np.random.default_rng(draw).choice(len(pool), count, replace=False)]
     part = slice(550, 600) if choose else slice(600, 800)
     ids = texts(part, tokenizer, language.bos)
     ids = ids[np.linspace(0, len(ids) - 1, WINDOWS).astype(int)]

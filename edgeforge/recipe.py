@@ -146,6 +146,7 @@ class Train(Closed):
     scale_rate: float = Field(3e-3, ge=0)
     clip_rate: float = Field(1e-2, ge=0)
     range_rate: float = Field(5e-3, ge=0)
+    weight_rate: float = Field(0, ge=0)
     loss: Literal["kl", "hidden"] = "kl"
     blocks: bool = False
     pairs: Literal["norms", "all"] = "all"

@@ -8,7 +8,8 @@ import pytest
 import torch
 from compress_models import block, data, stack, uneven
 
-from edgeforge.compress.train import Student, _Run, train
+from edgeforge.compress.student import Student, _Rounded
+from edgeforge.compress.train import _Run, train
 from edgeforge.ir.graph import Graph
 from edgeforge.quantize.assign import Plan, assign
 from edgeforge.quantize.calibrate import calibrate
@@ -48,7 +49,7 @@ def test_the_student_computes_what_the_integer_graph_computes(precision):
             if name.startswith("clip"):
                 parameter.fill_(40.0)
         feeds = {name: torch.from_numpy(x) for name, x in data().stacked().items()}
-        got = student(feeds, graph.outputs[0]).numpy()
+        got = student.rounded(graph.nodes, student.encode(feeds))[graph.outputs[0]].numpy()
     expected = integers(graph, plan)
     apart = sqnr_db(expected, got)
     assert apart is not None and apart > quality(graph, plan) + 6
@@ -79,6 +80,31 @@ def test_training_block_by_block_reaches_every_block():
     assert {name.split(".")[1] for name in moved(before, graph)} == {"0", "1"}
     wanted, got = (run_float(g, data().stacked())[graph.outputs[0]] for g in (before, graph))
     assert np.abs(wanted - got).max() < 1e-4
+
+
+def test_learned_weights_end_on_their_grid_and_bring_more_than_what_is_learned_around_them():
+    before, config = block(), Train(steps=200, batch=8, check=50, loss="hidden", patience=9)
+    plan = planned(before, "w4a16")
+    _, around = train(before, plan, config, TARGET, data())
+    graph, learned = train(before, plan, config.model_copy(update={"weight_rate": 2e-2}), TARGET, data())
+    assert quality(graph, learned) > quality(before, around) + 3
+    for name in {node.inputs[1] for node in graph.nodes if node.op == "linear"}:
+        kind, weight = learned.constants[name], graph.values[name].data
+        np.testing.assert_allclose(kind.q.dequantize(kind.q.quantize(weight, kind.dtype)), weight, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("low", "high", "zero"), [(0, 255, 130.4), (-127, 127, 0.0)])
+def test_rounding_is_what_torch_computes_and_so_are_its_derivatives(low, high, zero):
+    results = []
+    for call in (_Rounded.apply, lambda *args: torch._fake_quantize_learnable_per_tensor_affine(*args, 1.0)):
+        torch.manual_seed(0)
+        x = torch.randn(64, 33).mul_(2).requires_grad_()
+        scale, offset = torch.tensor([0.02]).requires_grad_(), torch.tensor([zero]).requires_grad_()
+        y = call(x, scale, offset, low, high)
+        (y * torch.randn(64, 33)).sum().backward()
+        results.append([t.detach().numpy() for t in (y, x.grad, scale.grad, offset.grad)])
+    for ours, theirs in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=1e-5)
 
 
 def test_scales_of_norms_alone_change_norms_and_their_readers_alone():

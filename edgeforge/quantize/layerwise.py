@@ -181,7 +181,7 @@ class _Walk:
         """given: constants of the rounded graph in place of those that the plan gives it."""
         view, acts = self.graph.view(node), {name for name in node.inputs if not self.graph.values[name].const}
         done = {name for name in acts if self.left[name] == 1}
-        ours = {name: _tensor(self.graph, name) for name in node.inputs if name not in acts}
+        ours = {name: tensor(self.graph, name) for name in node.inputs if name not in acts}
         theirs = {i: torch.from_numpy(array) for i, array in given.items()}
         results: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         with torch.no_grad():
@@ -215,7 +215,7 @@ def _constant(graph: Graph, plan: Plan, node: Node, i: int) -> torch.Tensor:
         dtype = plan.types[node.output].dtype
         kind = kind or TensorType(data.shape, dtype, affine(_data_range(data), dtype))
     if kind is None or kind.q is None:
-        return _tensor(graph, name)
+        return tensor(graph, name)
     return torch.from_numpy(kind.q.dequantize(kind.q.quantize(data, kind.dtype)))
 
 
@@ -225,7 +225,8 @@ def _data(graph: Graph, node: Node, i: int) -> np.ndarray:
     return data
 
 
-def _tensor(graph: Graph, name: str) -> torch.Tensor:
+def tensor(graph: Graph, name: str) -> torch.Tensor:
+    """A constant, in place if it can be."""
     data = graph.values[name].data
     assert data is not None
     return torch.from_numpy(data if data.flags.writeable else np.array(data))
