@@ -39,6 +39,8 @@ RECIPE = (
     f"calibration.samples={SEQUENCES}", "calibration.method=minmax",
     f"language.context={CONTEXT}", f"language.chunk={CHUNK}",
 )  # fmt: skip
+#: Block-wise methods: a few steps show what memory they take.
+LEARNED = ("train={blocks: true, steps: 4, batch: 2, check: 4}", "weights=gptq")
 #: Decode steps that are timed, behind those that prepare.
 STEPS, WARM = 16, 2
 #: A child that needs more, or leaves less to others, is stopped.
@@ -65,8 +67,10 @@ def parameters(model: Path) -> int:
 # ---------------------------------------------------------------------------------------------------------------- jobs
 
 
-def export_job(precision: str, *backends: str) -> Callable[[Path, int], dict[str, Any]]:
-    """Export with the given backends; ``stages``: seconds at which each stage began."""
+def export_job(
+    precision: str, *backends: str, lines: tuple[str, ...] = ()
+) -> Callable[[Path, int], dict[str, Any]]:
+    """Export with the given backends and recipe lines; ``stages``: seconds at which each stage began."""
 
     def run(folder: Path, layers: int) -> dict[str, Any]:
         from edgeforge.pipeline import export
@@ -77,8 +81,9 @@ def export_job(precision: str, *backends: str) -> Callable[[Path, int], dict[str
             stages.append((time.perf_counter() - began, line))
             _say(f"{stages[-1][0]:6.0f} s  {line}")
 
-        model, out = model_folder(folder, layers), bundle_folder(folder, layers, precision, *backends)
-        made = export(str(model), TARGET, out, "random", precision, backends, assignments=RECIPE, say=say)
+        names = (precision, *backends, *(["learned"] if lines else []))
+        model, out = model_folder(folder, layers), bundle_folder(folder, layers, *names)
+        made = export(str(model), TARGET, out, "random", precision, backends, assignments=(*RECIPE, *lines), say=say)
         size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
         skipped = {name: r.reason for name, r in made.manifest.backends.items() if r.status != "built"}
         return {"stages": stages, "bytes": size, "skipped": skipped}
@@ -312,6 +317,7 @@ JOBS = {
     "w8a8 simulator onnx_qdq resumed": Job("export", resumed_job),
     "w8a8 quantize_static": Job("export", static_job("QInt8", "QUInt8")),
     "w4a16-b32 simulator onnx_qdq": Job("export", export_job("w4a16-b32", "simulator", "onnx_qdq")),
+    "w4a8 simulator, trained block by block and GPTQ": Job("export", export_job("w4a8", "simulator", lines=LEARNED)),
     "w8a8 executorch_xnnpack": Job("export", export_job("w8a8", "executorch_xnnpack")),
     "decode simulator": Job("decode", simulator_job),
     "decode torch": Job("decode", torch_job),

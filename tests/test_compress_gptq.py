@@ -63,3 +63,16 @@ def test_the_integer_graph_holds_the_codes_that_were_chosen_and_is_better(precis
                 multipliers = q.scale / (q.scale.max(1, keepdims=True) / LPBQ_STEPS)
                 np.testing.assert_allclose(multipliers, np.rint(multipliers), atol=1e-4)
                 assert multipliers.min() > 0.99
+
+
+def test_moments_in_several_passes_are_those_of_one(monkeypatch):
+    graph, feeds = block(), data(96).stacked()
+    plan = assign(graph, calibrate(graph, [feeds]), Recipe(precision="w4a16"), TARGET)
+    whole, _ = gptq(graph, plan, [feeds], "mse")
+    passes = []
+    monkeypatch.setattr("edgeforge.quantize.gptq.MOST_BYTES", 8 * 16**2)
+    monkeypatch.setattr("edgeforge.quantize.gptq.run_float", lambda *a: passes.append(a) or run_float(*a))
+    parts, _ = gptq(graph, plan, [feeds], "mse")
+    assert len(passes) == 4  # q, k, v | o | gate, up | down
+    for a, b in zip(whole.constants(), parts.constants(), strict=True):
+        np.testing.assert_array_equal(a.data, b.data)

@@ -8,6 +8,7 @@ stores. X is what the layer reads in the float graph on calibration data; of a c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
@@ -29,21 +30,25 @@ STRIDE = 64
 #: Windows of one image that count.
 WINDOWS = 256
 
+#: Moments that are in memory at once.
+MOST_BYTES = 2 << 30
+
 
 def gptq(graph: Graph, plan: Plan, batches: Iterable[Mapping[str, np.ndarray]], scales: str) -> tuple[Graph, Plan]:
     """``graph`` with the weights that the codes of its layers stand for, and ``plan`` with their encodings.
 
     scales: "minmax" or "mse" (of channels; blocks have one rule), where ``plan`` gives none. A weight that several
     layers share is left alone."""
-    nodes = [node for node in graph.nodes if own_weight(graph, node)]
-    moments = _moments(graph, nodes, batches)
     rounded: dict[tuple[str, int], np.ndarray] = {}
     kinds: dict[str, TensorType] = {}
-    for node in nodes:
-        data = graph.values[node.inputs[1]].data
-        assert data is not None
-        kinds[node.output] = kind = plan.constants.get(node.inputs[1]) or first_encoding(graph, plan, node, scales)[0]
-        rounded[node.output, 1] = round_columns(data, kind, moments[_place(node)])
+    for nodes in _together(graph):
+        moments = _moments(graph, nodes, batches)
+        for node in nodes:
+            data = graph.values[node.inputs[1]].data
+            assert data is not None
+            known = plan.constants.get(node.inputs[1])
+            kinds[node.output] = kind = known or first_encoding(graph, plan, node, scales)[0]
+            rounded[node.output, 1] = round_columns(data, kind, moments[_place(node)])
     graph = with_constants(graph, rounded)
     made = graph.producers()
     constants = {made[output].inputs[1]: kind for output, kind in kinds.items()}
@@ -53,6 +58,21 @@ def gptq(graph: Graph, plan: Plan, batches: Iterable[Mapping[str, np.ndarray]], 
 def _place(node: Node) -> str:
     """Where X is seen: linears that read one value share it."""
     return node.inputs[0] if node.op == "linear" else node.output
+
+
+def _together(graph: Graph) -> list[list[Node]]:
+    """The layers in order, in groups whose moments fit MOST_BYTES: each group takes a pass over the data."""
+    groups: list[list[Node]] = []
+    places: dict[str, int] = {}
+    for node in graph.nodes:
+        if own_weight(graph, node):
+            size = 8 * node.attrs.get("groups", 1) * math.prod(graph.type(node.inputs[1]).shape[1:]) ** 2
+            if not groups or (_place(node) not in places and sum(places.values()) + size > MOST_BYTES):
+                groups.append([])
+                places = {}
+            groups[-1].append(node)
+            places[_place(node)] = size
+    return groups
 
 
 def _moments(graph: Graph, nodes: list[Node], batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
