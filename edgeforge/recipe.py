@@ -135,8 +135,9 @@ Method = Annotated[Smooth | Equalize | Rotate, Field(discriminator="method")]
 
 
 class Train(Closed):
-    """`compress.train`: Adam on free scales, weight clipping and activation encodings, ``steps`` of ``batch`` samples
-    with a cosine schedule. Learning rates: of log scales, of clipping logits, of log ranges (0 leaves one as it is).
+    """`compress.train`: Adam on free scales, weight clipping, activation encodings and weights, ``steps`` of ``batch``
+    samples with a cosine schedule. Learning rates: of log scales, of clipping logits, of log ranges, of weights in
+    steps of their codes (0 leaves one as it is).
     ``loss``: divergence of the logits, or squared error of the last hidden state. ``blocks``: one layer of a decoder
     after another instead, each for ``steps``, on the squared error of its output. ``pairs``: scales of norms, or all.
     Stops after ``patience`` checks without gain; ``checkpoint``: a file from which a stopped run goes on."""
@@ -185,6 +186,10 @@ class Recipe(Closed):
     metric: Literal["top1", "perplexity"] | None = None
     class_offset: int = 0
     bounds: dict[str, Bounds] = Field(default_factory=dict)
+
+    @property
+    def learns_weights(self) -> bool:
+        return self.train is not None and self.train.weight_rate > 0
 
     def with_set(self, assignments: list[str]) -> Recipe:
         """A copy with ``a.b=value`` assignments applied (values are YAML). Raises InvalidInput on unknown keys."""

@@ -14,6 +14,7 @@ from edgeforge.ir.graph import Graph
 from edgeforge.quantize.assign import Plan, assign
 from edgeforge.quantize.calibrate import calibrate
 from edgeforge.quantize.convert import convert
+from edgeforge.quantize.gptq import gptq
 from edgeforge.recipe import Recipe, Train
 from edgeforge.sim.evaluate import dequantize_outputs, quantize_feeds, run_float, simulate
 from edgeforge.sim.parity import sqnr_db
@@ -91,6 +92,19 @@ def test_learned_weights_end_on_their_grid_and_bring_more_than_what_is_learned_a
     for name in {node.inputs[1] for node in graph.nodes if node.op == "linear"}:
         kind, weight = learned.constants[name], graph.values[name].data
         np.testing.assert_allclose(kind.q.dequantize(kind.q.quantize(weight, kind.dtype)), weight, rtol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["w4a16", "w4a16-b16"])
+def test_learned_weights_set_out_from_rounded_ones(precision):
+    graph = block()
+    plan = planned(graph, precision)
+    start, known = gptq(graph, plan, [data(96).stacked()], "mse")
+    student = Student(graph, known, TARGET, start=start)
+    for node in graph.nodes:
+        if node.op == "linear":
+            with torch.no_grad():
+                first = student.weight(node, student.scaled(node, 1, student.log_scale)).numpy()
+            np.testing.assert_allclose(first, start.values[node.inputs[1]].data, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(("low", "high", "zero"), [(0, 255, 130.4), (-127, 127, 0.0)])

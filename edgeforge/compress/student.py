@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from edgeforge.compress.channels import NORMS, find_channels
-from edgeforge.ir.fixed import LPBQ_STEPS
+from edgeforge.ir.fixed import LPBQ_SLACK, LPBQ_STEPS
 from edgeforge.ir.graph import Graph, Node
 from edgeforge.ir.op import ACT, LAYERS, OPS, WEIGHT
 from edgeforge.ir.types import RANGE, QParams, TensorType
@@ -31,9 +31,10 @@ class Student:
     ``scale GROUP`` (logs of free scales), ``clip NODE`` (logit per weight channel or block), ``weight NODE`` (what is
     added to it, in steps of its codes at the start) and ``range ENCODING`` (of 8-bit encodings the change of log scale,
     and of the zero point as a share of all codes). ``homes``: the module of each that is learned. pairs: "norms" or
-    "all", the groups whose scales are learned; weights: whether they are."""
+    "all", the groups whose scales are learned; start: ``graph`` with the weights from which those that are learned set
+    out, None if none are."""
 
-    def __init__(self, graph: Graph, plan: Plan, target: Target, pairs: str = "all", weights: bool = False):
+    def __init__(self, graph: Graph, plan: Plan, target: Target, pairs: str = "all", start: Graph | None = None):
         self.graph, self.plan, self.channels = graph, plan, find_channels(graph)
         self.constants = {value.name: tensor(graph, value.name) for value in graph.constants()}
         self.labels = {
@@ -54,12 +55,14 @@ class Student:
         self.steps: Tensors = {}
         for node in graph.nodes:
             if self._has_weight(node):
-                self.parameters[f"clip {node.output}"] = self._first_clip(node)
+                rounded = start is not None and start.values[node.inputs[1]] is not graph.values[node.inputs[1]]
+                self.parameters[f"clip {node.output}"] = self._first_clip(node, rounded)
                 self.homes[f"clip {node.output}"] = node.source
-            if weights and own_weight(graph, node):
+            if start is not None and own_weight(graph, node):
                 w = self.constants[node.inputs[1]]
-                self.steps[node.output] = self.bound(node, w) / RANGE[plan.precision[node.output].weights][1]
-                self.parameters[f"weight {node.output}"] = torch.zeros(w.shape)
+                step = self.steps[node.output] = self.bound(node, w) / RANGE[plan.precision[node.output].weights][1]
+                gap = tensor(start, node.inputs[1]) / MOST - w if rounded else torch.zeros(w.shape)
+                self.parameters[f"weight {node.output}"] = (gap.reshape(*step.shape[:2], -1) / step).reshape(w.shape)
                 self.homes[f"weight {node.output}"] = node.source
         self.names: dict[Key, str] = {}
         for place, key in self.keys.items():
@@ -93,10 +96,11 @@ class Student:
         shape, block = self.graph.type(node.inputs[1]).shape, self._block(node)
         return shape[0], 1 if block is None else shape[1] // block
 
-    def _first_clip(self, node: Node) -> torch.Tensor:
-        """Logit of the share of each channel's peak with the least squared error; of blocks, a little below 1."""
+    def _first_clip(self, node: Node, rounded: bool) -> torch.Tensor:
+        """Logit of the share of each channel's peak with the least squared error; of blocks, and of weights that are
+        rounded already, a little below 1."""
         share = torch.full(self._blocks(node), MOST)
-        if self._block(node) is None:
+        if self._block(node) is None and not rounded:
             w = self.constants[node.inputs[1]].numpy()
             dtype = self.plan.precision[node.output].weights
             q = quantize_weight(node.inputs[1], w, dtype, None, "mse").type.q
@@ -182,7 +186,7 @@ class Student:
         if self._block(node) is not None:
             channel = scale.amax(1, keepdim=True) / LPBQ_STEPS
             ratio = scale / channel
-            steps = (ratio.detach() - 1e-6).ceil().clamp(1, LPBQ_STEPS)
+            steps = (ratio.detach() - LPBQ_SLACK).ceil().clamp(1, LPBQ_STEPS)
             scale = channel * (ratio + (steps - ratio).detach())
         rows = w.reshape(scale.shape[0] * scale.shape[1], -1)
         zero = torch.zeros(len(rows))

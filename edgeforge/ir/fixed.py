@@ -26,6 +26,8 @@ Constants = dict[str, Any]
 
 #: Block scales of LPBQ weights are 1..16 times the channel's.
 LPBQ_STEPS = 16
+#: By how much a block's scale may exceed a multiple that is still rounded down: the error of float32 at 16.
+LPBQ_SLACK = 1e-5
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from edgeforge.errors import InvalidInput
-from edgeforge.ir.fixed import LPBQ_STEPS
+from edgeforge.ir.fixed import LPBQ_SLACK, LPBQ_STEPS
 from edgeforge.ir.types import RANGE, QParams, TensorType, Value, row_blocks
 
 
@@ -53,5 +53,5 @@ def _block_scales(name: str, data: np.ndarray, dtype: str, block: int) -> np.nda
     blocks = data.reshape(len(data), -1, block).astype(np.float64)
     widest = np.maximum(np.abs(blocks).max(2), 1e-9) / top
     channel = np.float32(widest.max(1) / LPBQ_STEPS)
-    multiplier = np.clip(np.ceil(widest / channel[:, None] - 1e-6), 1, LPBQ_STEPS)
+    multiplier = np.clip(np.ceil(widest / channel[:, None] - LPBQ_SLACK), 1, LPBQ_STEPS)
     return (multiplier * channel[:, None]).astype(np.float32)
