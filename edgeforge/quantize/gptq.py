@@ -113,17 +113,22 @@ def column_codes(weight: np.ndarray, scale: np.ndarray, moment: np.ndarray, top:
     sorted_moment = np.take_along_axis(np.take_along_axis(moment, order[:, :, None], 1), order[:, None], 2)
     upper = np.linalg.cholesky(np.linalg.inv(sorted_moment)).swapaxes(1, 2)
     shape = np.broadcast_shapes(weight.shape, scale.shape)
-    index = np.broadcast_to(order[:, None], shape)
-    rest = np.take_along_axis(np.broadcast_to(weight, shape).astype(np.float64), index, 3)
-    steps = np.take_along_axis(np.broadcast_to(scale, shape).astype(np.float64), index, 3)
-    codes, errors = np.empty(shape), np.empty(shape)
+
+    def columns(x: np.ndarray) -> np.ndarray:
+        """[K, G, D, P], columns in order and each of them contiguous."""
+        parts = [np.broadcast_to(x, shape)[:, g, :, place].swapaxes(0, 1) for g, place in enumerate(order)]
+        return np.stack(parts, 1).astype(np.float64)
+
+    rest, steps = columns(weight), columns(scale)
+    codes, errors = np.empty(rest.shape), np.empty(rest.shape)
     for first in range(0, shape[3], STRIDE):
         last = min(first + STRIDE, shape[3])
         for j in range(first, last):
-            codes[..., j] = np.clip(np.rint(rest[..., j] / steps[..., j]), -top, top)
-            errors[..., j] = (rest[..., j] - codes[..., j] * steps[..., j]) / upper[:, j, j, None]
-            rest[..., j + 1 : last] -= errors[..., j, None] * upper[:, None, j, j + 1 : last]
-        rest[..., last:] -= errors[..., first:last] @ upper[:, first:last, last:]
+            codes[:, :, j] = np.clip(np.rint(rest[:, :, j] / steps[:, :, j]), -top, top)
+            errors[:, :, j] = (rest[:, :, j] - codes[:, :, j] * steps[:, :, j]) / upper[:, j, j, None]
+            rest[:, :, j + 1 : last] -= upper[:, j, j + 1 : last, None] * errors[:, :, j, None]
+        rest[:, :, last:] -= upper[:, first:last, last:].swapaxes(1, 2) @ errors[:, :, first:last]
     back = np.empty(shape)
-    np.put_along_axis(back, index, codes, 3)
+    for g, place in enumerate(order):
+        back[:, g, :, place] = codes[:, g].swapaxes(0, 1)
     return back
