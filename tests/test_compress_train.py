@@ -102,9 +102,13 @@ def test_learned_weights_set_out_from_rounded_ones(precision):
     student = Student(graph, known, TARGET, start=start)
     for node in graph.nodes:
         if node.op == "linear":
+            q, wanted = known.constants[node.inputs[1]].q, start.values[node.inputs[1]].data
             with torch.no_grad():
                 first = student.weight(node, student.scaled(node, 1, student.log_scale)).numpy()
-            np.testing.assert_allclose(first, start.values[node.inputs[1]].data, rtol=1e-5, atol=1e-7)
+                step = student.steps[node.output].numpy()[:, :, 0]
+            np.testing.assert_allclose(step, q.scale.reshape(step.shape), rtol=0.02)
+            codes = first.reshape(*step.shape, -1) / step[..., None]
+            np.testing.assert_array_equal(codes.round(3).reshape(wanted.shape), q.quantize(wanted, "i4"))
 
 
 @pytest.mark.parametrize(("low", "high", "zero"), [(0, 255, 130.4), (-127, 127, 0.0)])

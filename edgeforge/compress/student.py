@@ -55,15 +55,10 @@ class Student:
         self.steps: Tensors = {}
         for node in graph.nodes:
             if self._has_weight(node):
-                rounded = start is not None and start.values[node.inputs[1]] is not graph.values[node.inputs[1]]
-                self.parameters[f"clip {node.output}"] = self._first_clip(node, rounded)
+                self.parameters[f"clip {node.output}"] = self._first_clip(node)
                 self.homes[f"clip {node.output}"] = node.source
             if start is not None and own_weight(graph, node):
-                w = self.constants[node.inputs[1]]
-                step = self.steps[node.output] = self.bound(node, w) / RANGE[plan.precision[node.output].weights][1]
-                gap = tensor(start, node.inputs[1]) / MOST - w if rounded else torch.zeros(w.shape)
-                self.parameters[f"weight {node.output}"] = (gap.reshape(*step.shape[:2], -1) / step).reshape(w.shape)
-                self.homes[f"weight {node.output}"] = node.source
+                self._learn_weight(node, tensor(start, node.inputs[1]))
         self.names: dict[Key, str] = {}
         for place, key in self.keys.items():
             node = made.get(place[0] if isinstance(place, tuple) else place)
@@ -96,18 +91,28 @@ class Student:
         shape, block = self.graph.type(node.inputs[1]).shape, self._block(node)
         return shape[0], 1 if block is None else shape[1] // block
 
-    def _first_clip(self, node: Node, rounded: bool) -> torch.Tensor:
-        """Logit of the share of each channel's peak with the least squared error; of blocks, and of weights that are
-        rounded already, a little below 1."""
+    def _first_clip(self, node: Node) -> torch.Tensor:
+        """Logit of the share of each channel's peak that the plan's encoding keeps, or without one that with the least
+        squared error; of blocks, a little below 1."""
         share = torch.full(self._blocks(node), MOST)
-        if self._block(node) is None and not rounded:
-            w = self.constants[node.inputs[1]].numpy()
+        if self._block(node) is None:
+            w, known = self.constants[node.inputs[1]].numpy(), self.plan.constants.get(node.inputs[1])
             dtype = self.plan.precision[node.output].weights
-            q = quantize_weight(node.inputs[1], w, dtype, None, "mse").type.q
+            q = (known or quantize_weight(node.inputs[1], w, dtype, None, "mse").type).q
             assert q is not None
             peaks = np.abs(w).reshape(len(w), -1).max(1).clip(1e-9)
             share = torch.from_numpy(q.scale * RANGE[dtype][1] / peaks)[:, None].clamp(0.1, MOST)
         return torch.logit(share.float())
+
+    def _learn_weight(self, node: Node, first: torch.Tensor) -> None:
+        """first: where it sets out, on the grid of the plan's encoding if that has one."""
+        w, known = self.constants[node.inputs[1]], self.plan.constants.get(node.inputs[1])
+        step = self.steps[node.output] = self.scale(node, w)
+        first, w = (x.reshape(*self._blocks(node), -1) for x in (first, w))
+        if known is not None and known.q is not None:
+            first = first * (step / torch.from_numpy(known.q.scale.reshape(*self._blocks(node), 1)))
+        self.parameters[f"weight {node.output}"] = (first - w) / step
+        self.homes[f"weight {node.output}"] = node.source
 
     def exact(self, nodes: Sequence[Node], known: Mapping[str, torch.Tensor]) -> Tensors:
         """``known`` values, and those that ``nodes`` make of them, in float."""
@@ -146,15 +151,7 @@ class Student:
         x = self.constants[node.inputs[i]]
         for numbers, signs in self.labels.get((node.output, i), ()):
             x = x * torch.exp(log_scale[numbers] * signs)
-        return self.moved(node, x) if OPS[node.op].port(i).role == WEIGHT else x
-
-    def moved(self, node: Node, w: torch.Tensor) -> torch.Tensor:
-        """A weight with what training adds to it."""
-        step = self.steps.get(node.output)
-        if step is None:
-            return w
-        change = self.parameters[f"weight {node.output}"]
-        return w + (step * change.reshape(*step.shape[:2], -1)).reshape(w.shape)
+        return x
 
     def _encoded(self, x: torch.Tensor, place: Any) -> torch.Tensor:
         """``x`` at a value or an input, rounded if it has an encoding."""
@@ -173,22 +170,27 @@ class Student:
             z = (z + change[1:] * RANGE[dtype][1]).clamp(*RANGE[dtype])
         return s, z
 
-    def bound(self, node: Node, w: torch.Tensor) -> torch.Tensor:
-        """Largest magnitude that is kept per channel or block, [O, blocks, 1]."""
+    def scale(self, node: Node, w: torch.Tensor) -> torch.Tensor:
+        """Of a weight's codes, [O, blocks, 1]: as `quantize_weight` has them, block scales are whole multiples of the
+        channel's. w: before it moves."""
         peaks = w.reshape(*self._blocks(node), -1).abs().amax(2, keepdim=True).clamp_min(1e-9)
         clip = self.parameters.get(f"clip {node.output}")
-        return peaks if clip is None else peaks * torch.sigmoid(clip)[..., None]
+        scale = peaks if clip is None else peaks * torch.sigmoid(clip)[..., None]
+        scale = scale / RANGE[self.plan.precision[node.output].weights][1]
+        if self._block(node) is None:
+            return scale
+        channel = scale.amax(1, keepdim=True) / LPBQ_STEPS
+        ratio = scale / channel
+        steps = (ratio.detach() - LPBQ_SLACK).ceil().clamp(1, LPBQ_STEPS)
+        return channel * (ratio + (steps - ratio).detach())
 
     def weight(self, node: Node, w: torch.Tensor) -> torch.Tensor:
-        """Rounded as `quantize_weight` does: block scales are whole multiples of the channel's."""
-        top = RANGE[self.plan.precision[node.output].weights][1]
-        scale = self.bound(node, w) / top
-        if self._block(node) is not None:
-            channel = scale.amax(1, keepdim=True) / LPBQ_STEPS
-            ratio = scale / channel
-            steps = (ratio.detach() - LPBQ_SLACK).ceil().clamp(1, LPBQ_STEPS)
-            scale = channel * (ratio + (steps - ratio).detach())
+        """A weight with what training adds to it, rounded."""
+        scale, top = self.scale(node, w), RANGE[self.plan.precision[node.output].weights][1]
         rows = w.reshape(scale.shape[0] * scale.shape[1], -1)
+        if node.output in self.steps:
+            moved = self.steps[node.output] * self.parameters[f"weight {node.output}"]
+            rows = rows + moved.reshape(rows.shape)
         zero = torch.zeros(len(rows))
         rounded = torch._fake_quantize_learnable_per_channel_affine(rows, scale.reshape(-1), zero, 0, -top, top, 1.0)
         return rounded.reshape(w.shape)
@@ -202,16 +204,20 @@ class Student:
         reads = {place: self.learned(kind, place) for place, kind in self.plan.reads.items()}
         plan, constants = replace(self.plan, types=types, reads=reads), dict(self.plan.constants)
         weights: dict[tuple[str, int], np.ndarray] = {}
-        for node in graph.nodes:
-            if f"clip {node.output}" not in self.parameters:
-                continue
-            w = self.moved(node, torch.from_numpy(np.array(graph.values[node.inputs[1]].data))).detach()
-            bound = self.bound(node, w).detach()
-            clipped = w.reshape(*bound.shape[:2], -1).clamp(-bound, bound).reshape(w.shape).numpy()
-            kind = constants[node.inputs[1]] = first_encoding(graph, plan, node, "minmax", clipped)[0]
-            if node.output in self.steps:
-                assert kind.q is not None
-                weights[node.output, 1] = kind.q.dequantize(kind.q.quantize(clipped, kind.dtype))
+        with torch.no_grad():
+            for node in graph.nodes:
+                if f"clip {node.output}" not in self.parameters:
+                    continue
+                w = tensor(graph, node.inputs[1])
+                scale = self.scale(node, w)
+                widest = scale * RANGE[self.plan.precision[node.output].weights][1]
+                full = widest.expand(*scale.shape[:2], w.numel() // scale.numel()).reshape(w.shape).numpy()
+                kind = constants[node.inputs[1]] = first_encoding(graph, plan, node, "minmax", full)[0]
+                if node.output in self.steps:
+                    assert kind.q is not None
+                    weights[node.output, 1] = kind.q.dequantize(
+                        kind.q.quantize(self.weight(node, w).numpy(), kind.dtype)
+                    )
         return with_constants(graph, weights), replace(plan, constants=constants)
 
     def learned(self, kind: TensorType, place: Any) -> TensorType:
