@@ -269,9 +269,11 @@ def _dot(walk: _Walk, n: NodeView) -> np.ndarray:
     else:
         rows = walk.ties.new(out)
     groups = len(columns) // depth
-    by_row = np.broadcast_to(columns.reshape(groups, 1, depth), (groups, out // groups, depth)).reshape(out, depth)
+    by_row = columns.reshape(groups, depth)
+    if groups > 1:
+        by_row = by_row.repeat(out // groups, 0)
     shape = (1,) * len(kernel)
-    walk.constants[n.node.output, 1] = (rows.reshape(-1, 1, *shape), -by_row.reshape(out, depth, *shape))
+    walk.constants[n.node.output, 1] = (rows.reshape(-1, 1, *shape), -by_row.reshape(-1, depth, *shape))
     if n.arity == 3:
         walk.constants[n.node.output, 2] = (rows,)
     return rows.reshape([-1 if d == axis else 1 for d in range(len(n.out.shape))])
