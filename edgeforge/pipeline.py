@@ -96,13 +96,12 @@ def quantize(model: Model, recipe: Recipe, target: Target, data: Dataset, requan
     # Training has clipped the weights already.
     scales = "minmax" if recipe.weights == "minmax" or recipe.train is not None else "mse"
     if recipe.train is not None:
-        from edgeforge.compress.train import trained
+        from edgeforge.compress.train import train
 
-        graph, plan = trained(graph, plan, recipe, target, samples)
+        graph, plan = train(graph, plan, recipe.train, target, samples)
 
     def rounded(graph: Graph) -> Graph:
-        done = (graph, plan) if recipe.learns_weights else round_weights(graph, plan, recipe, samples, scales)
-        return convert(*done, target, scales)
+        return convert(*round_weights(graph, plan, recipe, samples, scales), target, scales)
 
     quantized = rounded(graph)
     if recipe.bias_correction and recipe.weights not in LAYERWISE:

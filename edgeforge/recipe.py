@@ -187,10 +187,6 @@ class Recipe(Closed):
     class_offset: int = 0
     bounds: dict[str, Bounds] = Field(default_factory=dict)
 
-    @property
-    def learns_weights(self) -> bool:
-        return self.train is not None and self.train.weight_rate > 0
-
     def with_set(self, assignments: list[str]) -> Recipe:
         """A copy with ``a.b=value`` assignments applied (values are YAML). Raises InvalidInput on unknown keys."""
         raw = self.model_dump(mode="json", exclude_unset=True)

@@ -31,10 +31,9 @@ class Student:
     ``scale GROUP`` (logs of free scales), ``clip NODE`` (logit per weight channel or block), ``weight NODE`` (what is
     added to it, in steps of its codes at the start) and ``range ENCODING`` (of 8-bit encodings the change of log scale,
     and of the zero point as a share of all codes). ``homes``: the module of each that is learned. pairs: "norms" or
-    "all", the groups whose scales are learned; start: ``graph`` with the weights from which those that are learned set
-    out, None if none are."""
+    "all", the groups whose scales are learned; weights: whether they are."""
 
-    def __init__(self, graph: Graph, plan: Plan, target: Target, pairs: str = "all", start: Graph | None = None):
+    def __init__(self, graph: Graph, plan: Plan, target: Target, pairs: str = "all", weights: bool = False):
         self.graph, self.plan, self.channels = graph, plan, find_channels(graph)
         self.constants = {value.name: tensor(graph, value.name) for value in graph.constants()}
         self.labels = {
@@ -57,8 +56,10 @@ class Student:
             if self._has_weight(node):
                 self.parameters[f"clip {node.output}"] = self._first_clip(node)
                 self.homes[f"clip {node.output}"] = node.source
-            if start is not None and own_weight(graph, node):
-                self._learn_weight(node, tensor(start, node.inputs[1]))
+            if weights and own_weight(graph, node):
+                self.steps[node.output] = self.scale(node, self.constants[node.inputs[1]])
+                self.parameters[f"weight {node.output}"] = torch.zeros(graph.type(node.inputs[1]).shape)
+                self.homes[f"weight {node.output}"] = node.source
         self.names: dict[Key, str] = {}
         for place, key in self.keys.items():
             node = made.get(place[0] if isinstance(place, tuple) else place)
@@ -92,27 +93,16 @@ class Student:
         return shape[0], 1 if block is None else shape[1] // block
 
     def _first_clip(self, node: Node) -> torch.Tensor:
-        """Logit of the share of each channel's peak that the plan's encoding keeps, or without one that with the least
-        squared error; of blocks, a little below 1."""
+        """Logit of the share of each channel's peak with the least squared error; of blocks, a little below 1."""
         share = torch.full(self._blocks(node), MOST)
         if self._block(node) is None:
-            w, known = self.constants[node.inputs[1]].numpy(), self.plan.constants.get(node.inputs[1])
+            w = self.constants[node.inputs[1]].numpy()
             dtype = self.plan.precision[node.output].weights
-            q = (known or quantize_weight(node.inputs[1], w, dtype, None, "mse").type).q
+            q = quantize_weight(node.inputs[1], w, dtype, None, "mse").type.q
             assert q is not None
             peaks = np.abs(w).reshape(len(w), -1).max(1).clip(1e-9)
             share = torch.from_numpy(q.scale * RANGE[dtype][1] / peaks)[:, None].clamp(0.1, MOST)
         return torch.logit(share.float())
-
-    def _learn_weight(self, node: Node, first: torch.Tensor) -> None:
-        """first: where it sets out, on the grid of the plan's encoding if that has one."""
-        w, known = self.constants[node.inputs[1]], self.plan.constants.get(node.inputs[1])
-        step = self.steps[node.output] = self.scale(node, w)
-        first, w = (x.reshape(*self._blocks(node), -1) for x in (first, w))
-        if known is not None and known.q is not None:
-            first = first * (step / torch.from_numpy(known.q.scale.reshape(*self._blocks(node), 1)))
-        self.parameters[f"weight {node.output}"] = (first - w) / step
-        self.homes[f"weight {node.output}"] = node.source
 
     def exact(self, nodes: Sequence[Node], known: Mapping[str, torch.Tensor]) -> Tensors:
         """``known`` values, and those that ``nodes`` make of them, in float."""
@@ -140,7 +130,7 @@ class Student:
             return self._encoded(known[name], (node.output, i))
         x = self.scaled(node, i, log_scale)
         if role == WEIGHT:
-            return self.weight(node, x)
+            return self.weight(node, self.moved(node, x))
         if role != ACT:
             return x
         if OPS[node.op].shared and name in self.keys:
@@ -172,7 +162,7 @@ class Student:
 
     def scale(self, node: Node, w: torch.Tensor) -> torch.Tensor:
         """Of a weight's codes, [O, blocks, 1]: as `quantize_weight` has them, block scales are whole multiples of the
-        channel's. w: before it moves."""
+        channel's."""
         peaks = w.reshape(*self._blocks(node), -1).abs().amax(2, keepdim=True).clamp_min(1e-9)
         clip = self.parameters.get(f"clip {node.output}")
         scale = peaks if clip is None else peaks * torch.sigmoid(clip)[..., None]
@@ -185,15 +175,20 @@ class Student:
         return channel * (ratio + (steps - ratio).detach())
 
     def weight(self, node: Node, w: torch.Tensor) -> torch.Tensor:
-        """A weight with what training adds to it, rounded."""
+        """Rounded."""
         scale, top = self.scale(node, w), RANGE[self.plan.precision[node.output].weights][1]
         rows = w.reshape(scale.shape[0] * scale.shape[1], -1)
-        if node.output in self.steps:
-            moved = self.steps[node.output] * self.parameters[f"weight {node.output}"]
-            rows = rows + moved.reshape(rows.shape)
         zero = torch.zeros(len(rows))
         rounded = torch._fake_quantize_learnable_per_channel_affine(rows, scale.reshape(-1), zero, 0, -top, top, 1.0)
         return rounded.reshape(w.shape)
+
+    def moved(self, node: Node, w: torch.Tensor) -> torch.Tensor:
+        """A weight with what training adds to it."""
+        step = self.steps.get(node.output)
+        if step is None:
+            return w
+        change = self.parameters[f"weight {node.output}"]
+        return w + (step * change.reshape(*step.shape[:2], -1)).reshape(w.shape)
 
     def fold(self) -> tuple[Graph, Plan]:
         """The graph with the scales in its constants (the function is the same, unless weights are learned: those are
@@ -208,7 +203,7 @@ class Student:
             for node in graph.nodes:
                 if f"clip {node.output}" not in self.parameters:
                     continue
-                w = tensor(graph, node.inputs[1])
+                w = self.moved(node, tensor(graph, node.inputs[1]))
                 scale = self.scale(node, w)
                 widest = scale * RANGE[self.plan.precision[node.output].weights][1]
                 full = widest.expand(*scale.shape[:2], w.numel() // scale.numel()).reshape(w.shape).numpy()

@@ -31,8 +31,7 @@ from edgeforge.data import Dataset
 from edgeforge.ir.graph import Graph, Node
 from edgeforge.progress import track
 from edgeforge.quantize.assign import Plan
-from edgeforge.quantize.rounding import FROM_DATA, round_weights
-from edgeforge.recipe import Recipe, Train
+from edgeforge.recipe import Train
 from edgeforge.target import Target
 
 #: Batches that are kept aside, if there are four times as many.
@@ -42,24 +41,12 @@ ASIDE = 4
 _BLOCK = re.compile(r"(?:\w+\.)*layers\.\d+")
 
 
-def trained(graph: Graph, plan: Plan, recipe: Recipe, target: Target, data: Dataset) -> tuple[Graph, Plan]:
-    """`train` as the recipe says. Weights that are learned set out from what its method of rounding finds."""
-    assert recipe.train is not None
-    start = graph
-    if recipe.learns_weights and recipe.weights in FROM_DATA:
-        start, plan = round_weights(graph, plan, recipe, data, "mse")
-    return train(graph, plan, recipe.train, target, data, start)
-
-
-def train(
-    graph: Graph, plan: Plan, config: Train, target: Target, data: Dataset, start: Graph | None = None
-) -> tuple[Graph, Plan]:
+def train(graph: Graph, plan: Plan, config: Train, target: Target, data: Dataset) -> tuple[Graph, Plan]:
     """``graph`` with the scales and weights that training learned, and ``plan`` with the encodings; the better of that
     and the start.
 
-    data: calibration samples; the last batches are kept aside to choose the best step. Repeatable for one seed. start:
-    see `Student`."""
-    student = Student(graph, plan, target, config.pairs, (start or graph) if config.weight_rate else None)
+    data: calibration samples; the last batches are kept aside to choose the best step. Repeatable for one seed."""
+    student = Student(graph, plan, target, config.pairs, config.weight_rate > 0)
     feeds = {name: torch.from_numpy(array) for name, array in data.stacked().items()}
     kept = min(ASIDE * config.batch, len(data) // 4) or len(data)
     count = len(data) - kept if len(data) > kept else len(data)

@@ -75,14 +75,14 @@ def compressed(
         ranged = recipe.train or recipe.weights != "gptq"  # GPTQ reads no ranges
         plan = planned(graph, recipe, target, data if ranged else data.head(1))
         if recipe.train:
-            from edgeforge.compress.train import trained
+            from edgeforge.compress.train import train
 
-            graph, plan = trained(graph, plan, recipe, target, data)
+            graph, plan = train(graph, plan, recipe.train, target, data)
             narrow = [(place, kind) for part in (plan.types, plan.reads) for place, kind in part.items()]
             learned = {place: kind.q for place, kind in narrow if kind.dtype == "u8" and kind.q is not None}
             found = replace(found, language=with_weights(language, plain, graph), learned=learned)
         result = graph
-        if chosen and not recipe.learns_weights:
+        if chosen:
             result, plan = round_weights(graph, plan, recipe, data, "mse")
             linears = [node for node in result.nodes if node.op == "linear"]
             places = [(node, i) for node in linears for i in range(1, len(node.inputs))]
