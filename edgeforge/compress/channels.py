@@ -21,13 +21,14 @@ the graph; numbers that must be equal (or inverse) are tied, and 0 stands for a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from edgeforge.ir.graph import Graph, Node, NodeView
 from edgeforge.ir.op import ACT, CONVOLUTIONS, LAYERS, OPS
+from edgeforge.ir.types import row_blocks
 from edgeforge.passes.constants import with_constants
 
 NORMS = ("rms_norm", "layer_norm")
@@ -76,11 +77,19 @@ class Channels:
             if any(part.any() for part in parts):
                 data = graph.values[nodes[output].inputs[i]].data
                 assert data is not None
-                data = data.astype(np.float64)
-                for part in parts:
-                    data = data * factors(part, log_scale)
-                scaled[output, i] = data
+                scaled[output, i] = _times(data, [part for part in parts if part.any()], log_scale)
         return with_constants(graph, scaled)
+
+
+def _times(data: np.ndarray, parts: Sequence[np.ndarray], log_scale: np.ndarray) -> np.ndarray:
+    """float32, multiplied in float64, a few rows at a time."""
+    made = np.empty(data.shape, np.float32)
+    for rows in row_blocks(data.shape):
+        block = data[rows].astype(np.float64)
+        for part in parts:
+            block *= factors(part[rows] if len(part) > 1 else part, log_scale)
+        made[rows] = block
+    return made
 
 
 def factors(numbers: np.ndarray, log_scale: np.ndarray) -> np.ndarray:
