@@ -98,8 +98,9 @@ def _moments(graph: Graph, nodes: list[Node], batches: Iterable[Mapping[str, np.
 def round_columns(weight: np.ndarray, kind: TensorType, moment: np.ndarray) -> np.ndarray:
     """float32 [O, ...] on the grid of ``kind``. moment: X^T X, [G, D, D] for G groups of output channels."""
     assert kind.q is not None
-    level = np.maximum(DAMPING * np.einsum("gdd->gd", moment).mean(1), 1e-12)
-    damped = moment + level[:, None, None] * np.eye(moment.shape[1])
+    damped = moment.copy()
+    diagonal = np.einsum("gdd->gd", damped)
+    diagonal += np.maximum(DAMPING * diagonal.mean(1, keepdims=True), 1e-12)
     w = weight.reshape(len(moment), -1, moment.shape[1])
     scale = np.broadcast_to(kind.q.broadcast(weight.shape), weight.shape).reshape(w.shape)
     codes = column_codes(w[None], scale[None], damped, RANGE[kind.dtype][1])
@@ -110,8 +111,7 @@ def column_codes(weight: np.ndarray, scale: np.ndarray, moment: np.ndarray, top:
     """Codes in -top..top, float64 [K, G, P, D], of K weights (or scales) at once; ``weight`` and ``scale`` broadcast to
     that. moment: positive definite, [G, D, D]."""
     order = np.argsort(-np.einsum("gdd->gd", moment), 1, kind="stable")
-    sorted_moment = np.take_along_axis(np.take_along_axis(moment, order[:, :, None], 1), order[:, None], 2)
-    upper = np.linalg.cholesky(np.linalg.inv(sorted_moment)).swapaxes(1, 2)
+    upper = np.linalg.cholesky(np.linalg.inv(_sorted(moment, order))).swapaxes(1, 2)
     shape = np.broadcast_shapes(weight.shape, scale.shape)
 
     def columns(x: np.ndarray) -> np.ndarray:
@@ -132,3 +132,7 @@ def column_codes(weight: np.ndarray, scale: np.ndarray, moment: np.ndarray, top:
     for g, place in enumerate(order):
         back[:, g, :, place] = codes[:, g].swapaxes(0, 1)
     return back
+
+
+def _sorted(moment: np.ndarray, order: np.ndarray) -> np.ndarray:
+    return np.stack([square[np.ix_(places, places)] for square, places in zip(moment, order, strict=True)])
