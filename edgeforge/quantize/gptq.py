@@ -30,6 +30,9 @@ STRIDE = 64
 #: Windows of one image that count.
 WINDOWS = 256
 
+#: Output channels that are rounded at once.
+ROWS = 4096
+
 #: Moments that are in memory at once.
 MOST_BYTES = 2 << 30
 
@@ -104,35 +107,42 @@ def round_columns(weight: np.ndarray, kind: TensorType, moment: np.ndarray) -> n
     w = weight.reshape(len(moment), -1, moment.shape[1])
     scale = np.broadcast_to(kind.q.broadcast(weight.shape), weight.shape).reshape(w.shape)
     codes = column_codes(w[None], scale[None], damped, RANGE[kind.dtype][1])
-    return kind.q.dequantize(codes.reshape(weight.shape).astype(np.int8))
+    return kind.q.dequantize(codes.reshape(weight.shape))
 
 
 def column_codes(weight: np.ndarray, scale: np.ndarray, moment: np.ndarray, top: int) -> np.ndarray:
-    """Codes in -top..top, float64 [K, G, P, D], of K weights (or scales) at once; ``weight`` and ``scale`` broadcast to
+    """Codes in -top..top, int8 [K, G, P, D], of K weights (or scales) at once; ``weight`` and ``scale`` broadcast to
     that. moment: positive definite, [G, D, D]."""
     order = np.argsort(-np.einsum("gdd->gd", moment), 1, kind="stable")
     upper = np.linalg.cholesky(np.linalg.inv(_sorted(moment, order))).swapaxes(1, 2)
     shape = np.broadcast_shapes(weight.shape, scale.shape)
+    weights, scales = (np.broadcast_to(x, shape) for x in (weight, scale))
+    found = np.empty(shape, np.int8)
+    for first in range(0, shape[2], ROWS):
+        rows = slice(first, first + ROWS)
+        codes = _codes(*(_columns(x[:, :, rows], order) for x in (weights, scales)), upper, top)
+        for g, places in enumerate(order):
+            found[:, g, rows, places] = codes[:, g].swapaxes(0, 1)
+    return found
 
-    def columns(x: np.ndarray) -> np.ndarray:
-        """[K, G, D, P], columns in order and each of them contiguous."""
-        parts = [np.broadcast_to(x, shape)[:, g, :, place].swapaxes(0, 1) for g, place in enumerate(order)]
-        return np.stack(parts, 1).astype(np.float64)
 
-    rest, steps = columns(weight), columns(scale)
+def _sorted(moment: np.ndarray, order: np.ndarray) -> np.ndarray:
+    return np.stack([square[np.ix_(places, places)] for square, places in zip(moment, order, strict=True)])
+
+
+def _columns(x: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """float64 [K, G, D, P] of [K, G, P, D]: columns in order, and each of them contiguous."""
+    return np.stack([x[:, g, :, places].swapaxes(0, 1) for g, places in enumerate(order)], 1).astype(np.float64)
+
+
+def _codes(rest: np.ndarray, steps: np.ndarray, upper: np.ndarray, top: int) -> np.ndarray:
+    """Of weights and scales [K, G, D, P]; ``rest`` is used up."""
     codes, errors = np.empty(rest.shape), np.empty(rest.shape)
-    for first in range(0, shape[3], STRIDE):
-        last = min(first + STRIDE, shape[3])
+    for first in range(0, rest.shape[2], STRIDE):
+        last = min(first + STRIDE, rest.shape[2])
         for j in range(first, last):
             codes[:, :, j] = np.clip(np.rint(rest[:, :, j] / steps[:, :, j]), -top, top)
             errors[:, :, j] = (rest[:, :, j] - codes[:, :, j] * steps[:, :, j]) / upper[:, j, j, None]
             rest[:, :, j + 1 : last] -= upper[:, j, j + 1 : last, None] * errors[:, :, j, None]
         rest[:, :, last:] -= upper[:, first:last, last:].swapaxes(1, 2) @ errors[:, :, first:last]
-    back = np.empty(shape)
-    for g, place in enumerate(order):
-        back[:, g, :, place] = codes[:, g].swapaxes(0, 1)
-    return back
-
-
-def _sorted(moment: np.ndarray, order: np.ndarray) -> np.ndarray:
-    return np.stack([square[np.ix_(places, places)] for square, places in zip(moment, order, strict=True)])
+    return codes
