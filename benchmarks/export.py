@@ -67,9 +67,7 @@ def parameters(model: Path) -> int:
 # ---------------------------------------------------------------------------------------------------------------- jobs
 
 
-def export_job(
-    precision: str, *backends: str, lines: tuple[str, ...] = ()
-) -> Callable[[Path, int], dict[str, Any]]:
+def export_job(precision: str, *backends: str, lines: tuple[str, ...] = ()) -> Callable[[Path, int], dict[str, Any]]:
     """Export with the given backends and recipe lines; ``stages``: seconds at which each stage began."""
 
     def run(folder: Path, layers: int) -> dict[str, Any]:
