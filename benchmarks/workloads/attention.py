@@ -388,7 +388,9 @@ def _(net: Net) -> Value:
     y = net.reshape(net.transpose(net.attend(q, k, v, True), 0, 2, 1, 3), 1, 49, 1024)
     x = net.add(x, net.mul(net.linear(y, 448)))
     x = net.add(x, net.mul(net.mlp(net.norm(x), 1792)))
-    return net.linear(net.reduce(net.norm(x), 1), 1000)
+    x = net.norm(x)
+    heads = [net.linear(net.reduce(x, 1), 1000) for _ in range(2)]
+    return net.mul(net.add(*heads))
 
 
 def linear_attention(net: Net, x: Value, dim: int, expand: int, kernel: bool = True) -> Value:
@@ -404,7 +406,7 @@ def linear_attention(net: Net, x: Value, dim: int, expand: int, kernel: bool = T
     v = net.pad(v, 1)
     kv = net.matmul(net.transpose(k, 0, 1, 3, 2), v)
     y = net.matmul(q, kv)
-    y = net.binary("div", net.slice(y, 0, dim, -1), net.slice(y, dim, dim + 1, -1))
+    y = net.binary("div", net.slice(y, 0, dim, -1), net.act(net.slice(y, dim, dim + 1, -1), "clip"))
     y = net.reshape(net.transpose(y, 0, 1, 3, 2), 1, 2 * c, h, w)
     x = net.add(x, net.conv(y, c))
     hidden, act = c * expand, "hardswish" if expand == 4 else "gelu"
@@ -427,7 +429,7 @@ def _(net: Net) -> Value:
 @workload("efficientvit_l2_cls", "EfficientViT-l2-cls", "efficientvit")
 def _(net: Net) -> Value:
     act = "gelu"
-    x = net.conv(net.picture(1, 3, 224, 224), 32, 3, 2, act=act)
+    x = net.conv(net.picture(1, 3, 384, 384), 32, 3, 2, act=act)
     x = net.add(x, net.conv(net.conv(x, 32, 3, act=act), 32, 3))
     for i, (width, depth) in enumerate(((64, 2), (128, 2), (256, 8), (512, 8))):
         if i < 2:

@@ -267,7 +267,8 @@ def _(net: Net) -> Value:
     def average(x: Value) -> Value:
         return net.pool(x, 3, 1, 1, "avg_pool")
 
-    x = conv(conv(conv(net.picture(1, 3, 224, 224), 32, 3, 2, 0), 32, 3, 1, 0), 64, 3)
+    image = net.add(net.mul(net.picture(1, 3, 299, 299)))
+    x = conv(conv(conv(image, 32, 3, 2, 0), 32, 3, 1, 0), 64, 3)
     x = net.concat([net.pool(x, 3, 2), conv(x, 96, 3, 2, 0)])
     a = conv(conv(x, 64), 96, 3, 1, 0)
     b = conv(conv(conv(conv(x, 64), 64, (1, 7)), 64, (7, 1)), 96, 3, 1, 0)
@@ -351,9 +352,10 @@ def _(net: Net) -> Value:
 def resnet3d(net: Net, x: Value, conv2plus1: bool) -> Value:
     """Video ResNet-18: (2+1)D everywhere, or 3-D in the first stage and 2-D after it (mixed)."""
 
-    def conv(x: Value, out: int, stride: int, three: bool, act: str | None) -> Value:
+    def conv(x: Value, out: int, stride: int, came: int, three: bool, act: str | None) -> Value:
+        """came: channels of the block's input, which set the width between the two parts of a convolution."""
         if conv2plus1:
-            middle = (x.channels * out * 27) // (x.channels * 9 + 3 * out)
+            middle = (came * out * 27) // (came * 9 + 3 * out)
             y = net.conv(x, middle, (1, 3, 3), (1, stride, stride), (0, 1, 1), act="relu")
             return net.conv(y, out, (3, 1, 1), (stride, 1, 1), (1, 0, 0), act=act)
         if three:
@@ -368,7 +370,8 @@ def resnet3d(net: Net, x: Value, conv2plus1: bool) -> Value:
     for i in range(4):
         for j in range(2):
             out, stride = 64 * 2**i, 2 if i and j == 0 else 1
-            y = conv(conv(x, out, stride, i == 0, "relu"), out, 1, i == 0, None)
+            y = conv(x, out, stride, x.channels, i == 0, "relu")
+            y = conv(y, out, 1, x.channels, i == 0, None)
             down = (stride,) * 3 if conv2plus1 else (1, stride, stride)
             skip = net.conv(x, out, (1, 1, 1), down, (0, 0, 0)) if stride > 1 else x
             x = net.add(y, skip, "relu")

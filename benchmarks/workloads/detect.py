@@ -32,7 +32,8 @@ class Yolo:
         return self.conv(self.net.concat([y, self.conv(x, half)]), out)
 
     def c2f(self, x: Value, out: int, n: int, shortcut: bool, inner: str = "bottleneck", e: float = 0.5) -> Value:
-        """inner: bottleneck (YOLOv8), c3k (YOLO11, large blocks), half (YOLO11, small blocks)."""
+        """inner: bottleneck (YOLOv8), c3k (YOLO11, large blocks), half (YOLO11, small blocks), cib (YOLOv10),
+        attention (YOLO26)."""
         half = int(out * e)
         parts = self.net.split(self.conv(x, 2 * half), 2)
         for _ in range(n):
@@ -41,13 +42,16 @@ class Yolo:
                 parts.append(self.c3(y, half, 2, shortcut, (3, 3)))
             elif inner == "cib":
                 parts.append(self.cib(y, half, shortcut))
+            elif inner == "attention":
+                parts.append(self.psa_block(self.bottleneck(y, half, shortcut, e=0.5)))
             else:
                 parts.append(self.bottleneck(y, half, shortcut, e=0.5 if inner == "half" else 1.0))
         return self.conv(self.net.concat(parts), out)
 
     def cib(self, x: Value, out: int, shortcut: bool) -> Value:
         y = self.conv(self.conv(x, x.channels, 3, g=x.channels), 2 * out)
-        y = self.conv(self.conv(self.conv(y, 2 * out, 7, g=2 * out), out), out, 3, g=out)
+        y = self.net.act(self.net.add(self.net.dw(y, 7), self.net.dw(y, 3)), self.act)
+        y = self.conv(self.conv(y, out), out, 3, g=out)
         return self.net.add(x, y) if shortcut else y
 
     def sppf(self, x: Value, out: int) -> Value:
@@ -56,26 +60,33 @@ class Yolo:
             parts.append(self.net.pool(parts[-1], 5, 1, 2))
         return self.conv(self.net.concat(parts), out)
 
-    def psa(self, x: Value, n: int = 1) -> Value:
-        """Position-sensitive attention of YOLOv10 and YOLO11."""
-        net, half = self.net, x.channels // 2
-        a, b = net.split(self.conv(x, 2 * half), 2)
-        heads = half // 64
-        for _ in range(n):
-            h, w = b.shape[2:]
-            y = net.reshape(net.conv(b, half * 2), 1, heads, 128, h * w)
-            q, k, v = net.slice(y, 0, 32, 2), net.slice(y, 32, 64, 2), net.slice(y, 64, 128, 2)
-            scores = net.softmax(net.mul(net.matmul(net.transpose(q, 0, 1, 3, 2), k)))
-            y = net.reshape(net.matmul(v, net.transpose(scores, 0, 1, 3, 2)), 1, half, h, w)
-            y = net.add(y, net.dw(net.reshape(v, 1, half, h, w), 3))
-            b = net.add(b, net.conv(y, half))
-            b = net.add(b, net.conv(self.conv(b, 2 * half), half))
-        return self.conv(net.concat([a, b]), x.channels)
+    def psa(self, x: Value) -> Value:
+        """Half of the channels through position-sensitive attention (YOLOv10 and later)."""
+        a, b = self.net.split(self.conv(x, x.channels), 2)
+        return self.conv(self.net.concat([a, self.psa_block(b)]), x.channels)
 
-    def boxes(
-        self, levels: Sequence[Value], raw: Sequence[Value], classes: Sequence[Value], bins: int = 16
-    ) -> list[Value]:
-        """Distributions to distances to boxes, class scores, the best class."""
+    def psa_block(self, x: Value) -> Value:
+        net, c = self.net, x.channels
+        h, w = x.shape[2:]
+        y = net.reshape(net.conv(x, c * 2), 1, c // 64, 128, h * w)
+        q, k, v = net.slice(y, 0, 32, 2), net.slice(y, 32, 64, 2), net.slice(y, 64, 128, 2)
+        scores = net.softmax(net.mul(net.matmul(net.transpose(q, 0, 1, 3, 2), k)))
+        y = net.reshape(net.matmul(v, net.transpose(scores, 0, 1, 3, 2)), 1, c, h, w)
+        y = net.add(y, net.dw(net.reshape(v, 1, c, h, w), 3))
+        x = net.add(x, net.conv(y, c))
+        return net.add(x, net.conv(self.conv(x, 2 * c), c))
+
+    def boxes(self, raw: Sequence[Value], classes: Sequence[Value], bins: int = 16) -> list[Value]:
+        """Distributions to distances to corners, class scores, the best class."""
+        distances, scores = self.distances(raw, classes, bins)
+        net = self.net
+        low, high = net.split(distances, 2)
+        a, b = net.binary("sub", low), net.add(high)
+        box = net.mul(net.concat([net.mul(net.add(a, b)), net.binary("sub", b, a)]))
+        return [corners(net, net.transpose(box, 0, 2, 1)), *best(net, net.transpose(scores, 0, 2, 1))]
+
+    def distances(self, raw: Sequence[Value], classes: Sequence[Value], bins: int) -> tuple[Value, Value]:
+        """Means of the distributions of each side's distance [1, 4, N]; probabilities of the classes [1, classes, N]."""
         net = self.net
         joined = net.concat([net.reshape(x, 1, x.channels, -1) for x in raw], 2)
         scores = net.concat([net.reshape(x, 1, x.channels, -1) for x in classes], 2)
@@ -83,18 +94,14 @@ class Yolo:
         if bins > 1:
             y = net.softmax(net.transpose(net.reshape(joined, 1, 4, bins, count), 0, 2, 1, 3), 1)
             joined = net.reshape(net.conv(y, 1, bias=False), 1, 4, count)
-        low, high = net.split(joined, 2)
-        a, b = net.binary("sub", low), net.add(high)
-        box = net.mul(net.concat([net.mul(net.add(a, b)), net.binary("sub", b, a)]))
-        scores = net.act(scores, "sigmoid")
-        return [net.transpose(box, 0, 2, 1), net.reduce(scores, 1, "reduce_max"), net.reduce(scores, 1, "argmax")]
+        return joined, net.act(scores, "sigmoid")
 
     def head(
         self, levels: Sequence[Value], kind: str, classes: int = 80, bins: int = 16
     ) -> tuple[list[Value], list[Value]]:
         """Per level the box and the class branch. kind: "v8" or "v11" (depthwise class branch)."""
         net = self.net
-        wide_box = max(16, levels[0].channels // 4, bins * 4) if bins > 1 else max(16, levels[0].channels // 4, 64)
+        wide_box = max(16, levels[0].channels // 4, bins * 4)
         wide_cls = max(levels[0].channels, min(classes, 100))
         raw, scores = [], []
         for x in levels:
@@ -116,9 +123,30 @@ class Yolo:
             parts.append(net.reshape(y, 1, count, -1))
         return net.concat(parts, 2)
 
+    def points(self, x: Value) -> Value:
+        """17 key points [1, N, 17, 3] with their visibility."""
+        net = self.net
+        x = net.reshape(x, 1, 17, 3, -1)
+        at = net.mul(net.add(net.mul(net.slice(x, 0, 2, 2))))
+        x = net.concat([at, net.act(net.slice(x, 2, 3, 2), "sigmoid")], 2)
+        return net.reshape(net.transpose(net.reshape(x, 1, 51, -1), 0, 2, 1), 1, -1, 17, 3)
+
     def proto(self, x: Value, hidden: int, masks: int = 32) -> Value:
         y = self.net.deconv(self.conv(x, hidden, 3), hidden, 2, 2)
         return self.conv(self.conv(y, hidden, 3), masks)
+
+
+def corners(net: Net, box: Value) -> Value:
+    """[..., center and size] to [..., two corners]"""
+    center, size = net.split(box, 2, -1)
+    half = net.mul(size)
+    return net.concat([net.binary("sub", center, half), net.add(center, half)], -1)
+
+
+def best(net: Net, scores: Value) -> list[Value]:
+    """The highest of the scores [1, N, classes] and its class. A single class is padded to two."""
+    scores = net.pad(scores, 1) if scores.shape[-1] == 1 else scores
+    return [net.reshape(net.reduce(scores, -1, op), 1, -1) for op in ("reduce_max", "argmax")]
 
 
 def yolov8(y: Yolo, size: tuple[int, int], w: float, d: float, top: int = 1024) -> list[Value]:
@@ -147,29 +175,39 @@ def yolov8(y: Yolo, size: tuple[int, int], w: float, d: float, top: int = 1024) 
 def _(net: Net) -> list[Value]:
     y = Yolo(net)
     levels = yolov8(y, (640, 640), 0.25, 1 / 3)
-    return y.boxes(levels, *y.head(levels, "v8"))
+    return y.boxes(*y.head(levels, "v8"))
 
 
 @workload("lpdm", "License-Plates-Detector-Model", "yolov8")
 def _(net: Net) -> list[Value]:
     y = Yolo(net)
     levels = yolov8(y, (640, 640), 0.25, 1 / 3)
-    return y.boxes(levels, *y.head(levels, "v8", 51))
+    return y.boxes(*y.head(levels, "v8", 51))
 
 
 @workload("yolov8_obb", "YOLOv8-OBB", "yolov8")
 def _(net: Net) -> list[Value]:
     y = Yolo(net)
     levels = yolov8(y, (640, 640), 0.25, 1 / 3)
-    angle = net.mul(net.act(y.coefficients(levels, 1, 16), "sigmoid"))
-    return [*y.boxes(levels, *y.head(levels, "v8", 15)), angle]
+    angle = net.mul(net.add(net.act(y.coefficients(levels, 1, 16), "sigmoid")))
+    distances, scores = y.distances(*y.head(levels, "v8", 15), 16)
+    low, high = net.split(distances, 2)
+    across, down = net.split(net.mul(net.binary("sub", high, low)), 2)
+    cos, sin = net.act(angle, "cos"), net.act(angle, "sin")
+    turned = [
+        net.binary("sub", net.mul(across, cos), net.mul(down, sin)),
+        net.add(net.mul(across, sin), net.mul(down, cos)),
+    ]
+    box = net.mul(net.concat([net.add(net.concat(turned)), net.add(low, high)]))
+    outputs = [net.transpose(box, 0, 2, 1), *best(net, net.transpose(scores, 0, 2, 1))]
+    return [*outputs, net.transpose(angle, 0, 2, 1)]
 
 
 def fastsam(net: Net, w: float, d: float, top: int) -> list[Value]:
     y = Yolo(net)
     levels = yolov8(y, (640, 640), w, d, top)
-    masks = y.coefficients(levels, 32)
-    out = y.boxes(levels, *y.head(levels, "v8", 1))
+    masks = net.transpose(y.coefficients(levels, 32), 0, 2, 1)
+    out = y.boxes(*y.head(levels, "v8", 1))
     return [*out, masks, y.proto(levels[0], int(256 * w))]
 
 
@@ -183,8 +221,8 @@ def _(net: Net) -> list[Value]:
     return fastsam(net, 1.25, 1.0, 512)
 
 
-def yolo11(y: Yolo, w: float = 0.25, last: bool = False) -> list[Value]:
-    """last: YOLO26 ends with a block of attention."""
+def yolo11(y: Yolo, w: float = 0.25, yolo26: bool = False) -> list[Value]:
+    """yolo26: a shortcut around the pooling, larger blocks in the neck, attention in the last."""
     net = y.net
 
     def c(n: int) -> int:
@@ -195,12 +233,14 @@ def yolo11(y: Yolo, w: float = 0.25, last: bool = False) -> list[Value]:
     p3 = y.c2f(y.conv(x, c(256), 3, 2), c(512), 1, True, "half", 0.25)
     p4 = y.c2f(y.conv(p3, c(512), 3, 2), c(512), 1, True, "c3k")
     p5 = y.c2f(y.conv(p4, c(1024), 3, 2), c(1024), 1, True, "c3k")
-    p5 = y.psa(y.sppf(p5, c(1024)))
-    inner = "c3k" if last else "half"
+    pooled = y.sppf(p5, c(1024))
+    p5 = y.psa(net.add(pooled, p5) if yolo26 else pooled)
+    inner = "c3k" if yolo26 else "half"
     m4 = y.c2f(net.concat([net.up(p5), p4]), c(512), 1, True, inner)
     o3 = y.c2f(net.concat([net.up(m4), p3]), c(256), 1, True, inner)
     o4 = y.c2f(net.concat([y.conv(o3, c(256), 3, 2), m4]), c(512), 1, True, inner)
-    o5 = y.c2f(net.concat([y.conv(o4, c(512), 3, 2), p5]), c(1024), 1, True, "c3k")
+    inner = "attention" if yolo26 else "c3k"
+    o5 = y.c2f(net.concat([y.conv(o4, c(512), 3, 2), p5]), c(1024), 1, True, inner)
     return [o3, o4, o5]
 
 
@@ -208,39 +248,41 @@ def yolo11(y: Yolo, w: float = 0.25, last: bool = False) -> list[Value]:
 def _(net: Net) -> list[Value]:
     y = Yolo(net)
     levels = yolo11(y)
-    masks = y.coefficients(levels, 32)
-    return [*y.boxes(levels, *y.head(levels, "v11")), masks, y.proto(levels[0], 64)]
+    masks = net.transpose(y.coefficients(levels, 32), 0, 2, 1)
+    return [*y.boxes(*y.head(levels, "v11")), masks, y.proto(levels[0], 64)]
 
 
 @workload("yolov11_pose", "YOLOv11-Pose", "yolo11")
 def _(net: Net) -> list[Value]:
     y = Yolo(net)
     levels = yolo11(y)
-    points = net.mul(net.add(y.coefficients(levels, 51)))
-    return [*y.boxes(levels, *y.head(levels, "v11", 1)), points]
+    return [*y.boxes(*y.head(levels, "v11", 1)), y.points(y.coefficients(levels, 51))]
 
 
 @workload("yolo26_det", "YOLO26-Detection", "yolo11")
 def _(net: Net) -> list[Value]:
     y = Yolo(net)
-    levels = yolo11(y, last=True)
-    return y.boxes(levels, *y.head(levels, "v11", 80, 1), 1)
+    levels = yolo11(y, yolo26=True)
+    return y.boxes(*y.head(levels, "v11", bins=1), 1)
 
 
 @workload("yolo26_seg", "YOLO26-Segmentation", "yolo11")
 def _(net: Net) -> list[Value]:
+    """The prototypes of the masks read all three levels."""
     y = Yolo(net)
-    levels = yolo11(y, last=True)
-    masks = y.coefficients(levels, 32)
-    return [*y.boxes(levels, *y.head(levels, "v11", 80, 1), 1), masks, y.proto(levels[0], 64)]
+    levels = yolo11(y, yolo26=True)
+    x = levels[0]
+    for i, level in enumerate(levels[1:], 1):
+        x = net.add(x, net.up(y.conv(level, x.channels), 2**i))
+    masks = net.transpose(y.coefficients(levels, 32), 0, 2, 1)
+    return [*y.boxes(*y.head(levels, "v11", bins=1), 1), masks, y.proto(y.conv(x, 64, 3), 64)]
 
 
 @workload("yolo26_pose", "YOLO26-Pose", "yolo11")
 def _(net: Net) -> list[Value]:
     y = Yolo(net)
-    levels = yolo11(y, last=True)
-    points = net.mul(net.add(y.coefficients(levels, 51)))
-    return [*y.boxes(levels, *y.head(levels, "v11", 1, 1), 1), points]
+    levels = yolo11(y, yolo26=True)
+    return [*y.boxes(*y.head(levels, "v11", 1, 1), 1), y.points(y.coefficients(levels, 51, 85))]
 
 
 @workload("yolov10_det", "YOLOv10-Detection", "yolov10")
@@ -261,18 +303,20 @@ def _(net: Net) -> list[Value]:
     o4 = y.c2f(net.concat([y.conv(o3, 64, 3, 2), m4]), 128, 1, False)
     o5 = y.c2f(net.concat([down(o4, 128), p5]), 256, 1, True, "cib")
     levels = [o3, o4, o5]
-    return y.boxes(levels, *y.head(levels, "v11"))
+    return y.boxes(*y.head(levels, "v11"))
 
 
 @workload("yolov9_det", "YOLOv9-Detection", "yolov9")
 def _(net: Net) -> list[Value]:
+    """YOLOv9-t as it was trained: its repeated convolutions are a 3 x 3 and a 1 x 1 side by side."""
     y = Yolo(net)
 
     def csp(x: Value, out: int) -> Value:
         half = out // 2
         z = y.conv(x, half)
         for _ in range(3):
-            z = net.add(z, y.conv(y.conv(z, half, 3), half, 3))
+            both = net.act(net.add(net.conv(z, half, 3), net.conv(z, half)), "silu")
+            z = net.add(z, y.conv(both, half, 3))
         return y.conv(net.concat([z, y.conv(x, half)]), out)
 
     def elan(x: Value, out: int, middle: int) -> Value:
@@ -301,11 +345,12 @@ def _(net: Net) -> list[Value]:
     o4 = elan(net.concat([down(o3, 48), m4]), 96, 96)
     o5 = elan(net.concat([down(o4, 64), p5]), 128, 128)
     levels = [o3, o4, o5]
-    return y.boxes(levels, *y.head(levels, "v8"))
+    return y.boxes(*y.head(levels, "v8"))
 
 
 @workload("yolov5", "Yolo-v5", "yolov5")
 def _(net: Net) -> list[Value]:
+    """YOLOv5-m with an Ultralytics detection head."""
     y = Yolo(net)
     x = net.conv(net.input(1, 3, 640, 640), 48, 6, 2, 2, act="silu")
     x = y.c3(y.conv(x, 96, 3, 2), 96, 2)
@@ -317,24 +362,7 @@ def _(net: Net) -> list[Value]:
     o3 = y.c3(net.concat([net.up(m4), p3]), 192, 2, False)
     o4 = y.c3(net.concat([y.conv(o3, 192, 3, 2), m4]), 384, 2, False)
     o5 = y.c3(net.concat([y.conv(o4, 384, 3, 2), m5]), 768, 2, False)
-    return anchors(net, [o3, o4, o5])
-
-
-def anchors(net: Net, levels: Sequence[Value], each: int = 85, landmarks: int = 0) -> list[Value]:
-    """Three anchors per cell: sigmoid, grid, scale; joined over the levels."""
-    parts = []
-    for x in levels:
-        n, _, h, w = x.shape
-        z = net.transpose(net.reshape(net.conv(x, 3 * each), n, 3, each, h, w), 0, 1, 3, 4, 2)
-        z = net.act(z, "sigmoid")
-        xy, wh = net.slice(z, 0, 2, -1), net.slice(z, 2, 4, -1)
-        xy = net.mul(net.add(net.mul(xy)))
-        wh = net.mul(net.mul(net.mul(wh), net.mul(wh)))
-        z = net.concat([xy, wh, net.slice(z, 4, each, -1)], -1)
-        parts.append(net.reshape(z, n, 3 * h * w, each))
-    z = net.concat(parts, 1)
-    scores = net.mul(net.slice(z, 5, each, -1), net.slice(z, 4, 5, -1))
-    return [net.slice(z, 0, 4, -1), net.reduce(scores, 2, "reduce_max"), net.reduce(scores, 2, "argmax")]
+    return y.boxes(*y.head([o3, o4, o5], "v8"))
 
 
 @workload("yolov3", "Yolo-v3", "yolov3")
@@ -351,7 +379,7 @@ def _(net: Net) -> list[Value]:
     o5 = y.conv(x, 512, 3)
     o4 = y.conv(net.concat([net.up(y.conv(x, 128)), p4]), 256, 3)
     levels = [o4, o5]
-    return y.boxes(levels, *y.head(levels, "v8"))
+    return y.boxes(*y.head(levels, "v8"))
 
 
 @workload("deepbox", "yolo_2d_detection", "yolov3")
@@ -374,7 +402,7 @@ def _(net: Net) -> list[Value]:
     for _ in range(3):
         o3 = y.bottleneck(o3, 256, False, e=0.5)
     levels = [o3, o4, o5]
-    return y.boxes(levels, *y.head(levels, "v8"))
+    return y.boxes(*y.head(levels, "v8"))
 
 
 @workload("yolov4", "Yolo-v4", "yolov4")
@@ -440,9 +468,14 @@ def _(net: Net) -> list[Value]:
     raw, scores = [], []
     for o in (o3, o4, o5):
         x = net.conv(o, o.channels, act="silu")
-        scores.append(net.conv(net.conv(x, o.channels, 3, act="silu"), 80))
-        raw.append(net.conv(net.conv(x, o.channels, 3, act="silu"), 4))
-    return y.boxes([o3, o4, o5], raw, scores, 1)
+        scores.append(net.reshape(net.act(net.conv(net.conv(x, o.channels, 3, act="silu"), 80), "sigmoid"), 1, 80, -1))
+        raw.append(net.reshape(net.conv(net.conv(x, o.channels, 3, act="silu"), 4), 1, 4, -1))
+    low, high = net.split(net.transpose(net.concat(raw, 2), 0, 2, 1), 2, -1)
+    a, b = net.binary("sub", low), net.add(high)
+    box = net.mul(net.concat([net.mul(net.add(a, b)), net.binary("sub", b, a)], -1))
+    found = net.concat([net.pad(box, 1), net.transpose(net.concat(scores, 2), 0, 2, 1)], -1)
+    certain, scores = net.slice(found, 4, 5, -1), net.slice(found, 5, 85, -1)
+    return [corners(net, net.slice(found, 0, 4, -1)), *best(net, net.mul(scores, certain))]
 
 
 # ------------------------------------------------------------------------------------------------------- two stages
@@ -541,6 +574,7 @@ def _(net: Net) -> Value:
 
 @workload("rtmpose_body2d", "RTMPose-Body2d", "rtmpose")
 def _(net: Net) -> list[Value]:
+    """RTMPose-m for whole bodies: 133 key points."""
     y = Yolo(net)
 
     def csp(x: Value, out: int, n: int, shortcut: bool) -> Value:
@@ -559,7 +593,7 @@ def _(net: Net) -> list[Value]:
         x = y.conv(x, out, 3, 2)
         x = y.sppf(x, out) if i == 3 else x
         x = csp(x, out, n, i < 3)
-    x = net.reshape(net.conv(x, 17, 7), 1, 17, 48)
+    x = net.reshape(net.conv(x, 133, 7), 1, 133, 48)
     x = net.linear(net.norm(x, "rms_norm"), 256)
     z = net.norm(x, "rms_norm")
     u, v, b = (net.linear(z, n, "silu") for n in (512, 512, 128))
