@@ -267,8 +267,7 @@ def _(net: Net) -> Value:
     def average(x: Value) -> Value:
         return net.pool(x, 3, 1, 1, "avg_pool")
 
-    image = net.add(net.mul(net.picture(1, 3, 299, 299)))
-    x = conv(conv(conv(image, 32, 3, 2, 0), 32, 3, 1, 0), 64, 3)
+    x = conv(conv(conv(net.picture(1, 3, 299, 299), 32, 3, 2, 0), 32, 3, 1, 0), 64, 3)
     x = net.concat([net.pool(x, 3, 2), conv(x, 96, 3, 2, 0)])
     a = conv(conv(x, 64), 96, 3, 1, 0)
     b = conv(conv(conv(conv(x, 64), 64, (1, 7)), 64, (7, 1)), 96, 3, 1, 0)

@@ -97,12 +97,13 @@ class Yolo:
         return joined, net.act(scores, "sigmoid")
 
     def head(
-        self, levels: Sequence[Value], kind: str, classes: int = 80, bins: int = 16
+        self, levels: Sequence[Value], kind: str, classes: int = 80, bins: int = 16, hidden: int = 0
     ) -> tuple[list[Value], list[Value]]:
-        """Per level the box and the class branch. kind: "v8" or "v11" (depthwise class branch)."""
+        """Per level the box and the class branch. kind: "v8" or "v11" (depthwise class branch); hidden: width of the
+        class branch, default that of the first level and of the classes."""
         net = self.net
         wide_box = max(16, levels[0].channels // 4, bins * 4)
-        wide_cls = max(levels[0].channels, min(classes, 100))
+        wide_cls = hidden or max(levels[0].channels, min(classes, 100))
         raw, scores = [], []
         for x in levels:
             raw.append(net.conv(self.conv(self.conv(x, wide_box, 3), wide_box, 3), 4 * bins))
@@ -147,6 +148,12 @@ def best(net: Net, scores: Value) -> list[Value]:
     """The highest of the scores [1, N, classes] and its class. A single class is padded to two."""
     scores = net.pad(scores, 1) if scores.shape[-1] == 1 else scores
     return [net.reshape(net.reduce(scores, -1, op), 1, -1) for op in ("reduce_max", "argmax")]
+
+
+def scored(net: Net, found: Value) -> list[Value]:
+    """[1, N, center, size, certainty of an object and of every class] to corners, the best class and its score."""
+    certain, scores = net.slice(found, 4, 5, -1), net.slice(found, 5, found.shape[-1], -1)
+    return [corners(net, net.slice(found, 0, 4, -1)), *best(net, net.mul(scores, certain))]
 
 
 def yolov8(y: Yolo, size: tuple[int, int], w: float, d: float, top: int = 1024) -> list[Value]:
@@ -219,6 +226,20 @@ def _(net: Net) -> list[Value]:
 @workload("fastsam_x", "FastSam-X", "yolov8")
 def _(net: Net) -> list[Value]:
     return fastsam(net, 1.25, 1.0, 512)
+
+
+@workload("yoloe_seg", "YOLOE-Segmentation", "yolov8")
+def _(net: Net) -> list[Value]:
+    """YOLOE-v8-L: embeddings of 512 numbers against those of 80 names, which are constants."""
+    y = Yolo(net)
+    levels = yolov8(y, (640, 640), 1.0, 1.0, 512)
+    masks = net.transpose(y.coefficients(levels, 32), 0, 2, 1)
+    raw, scores = y.head(levels, "v8", 512, hidden=256)
+    likeness = []
+    for x in scores:
+        z = net.linear(net.transpose(x, 0, 2, 3, 1), 80, bias=False)
+        likeness.append(net.add(net.mul(net.transpose(z, 0, 3, 1, 2))))
+    return [*y.boxes(raw, likeness), masks, y.proto(levels[0], 256)]
 
 
 def yolo11(y: Yolo, w: float = 0.25, yolo26: bool = False) -> list[Value]:
@@ -365,6 +386,109 @@ def _(net: Net) -> list[Value]:
     return y.boxes(*y.head([o3, o4, o5], "v8"))
 
 
+def cells(net: Net, x: Value) -> Value:
+    """What three anchors predict per cell: [1, 3, h, w, numbers]"""
+    _, c, h, w = x.shape
+    return net.transpose(net.reshape(x, 1, 3, c // 3, h, w), 0, 1, 3, 4, 2)
+
+
+def squared(net: Net, xy: Value, wh: Value) -> list[Value]:
+    """Center and size from their sigmoids: twice the one, the square of twice the other."""
+    double = net.mul(wh)
+    return [net.mul(net.add(net.mul(xy))), net.mul(net.mul(double, double))]
+
+
+@workload("yolov5_face", "YoloV5-Face", "yolov5")
+def _(net: Net) -> list[Value]:
+    """YOLOv5n-face: a backbone of ShuffleNet-v2 blocks; five landmarks per face."""
+    y = Yolo(net)
+
+    def shuffle(x: Value, out: int, s: int) -> Value:
+        half = out // 2
+        a, b = (x, x) if s > 1 else net.split(x, 2)
+        a = y.conv(net.dw(a, 3, s), half) if s > 1 else a
+        b = y.conv(net.dw(y.conv(b, half), 3, s), half)
+        joined = net.concat([a, b])
+        _, c, h, w = joined.shape
+        z = net.transpose(net.reshape(joined, 1, 2, half, h, w), 0, 2, 1, 3, 4)
+        return net.reshape(z, 1, c, h, w)
+
+    x = y.conv(net.input(1, 3, 640, 640), 32, 3, 2)
+    x = y.conv(net.concat([y.conv(y.conv(x, 16), 32, 3, 2), net.pool(x, 2, 2)]), 32)
+    maps = []
+    for out, depth in ((128, 3), (256, 7), (512, 3)):
+        x = shuffle(x, out, 2)
+        for _ in range(depth):
+            x = shuffle(x, out, 1)
+        maps.append(x)
+    m5 = y.conv(maps[2], 128)
+    m4 = y.conv(y.c3(net.concat([net.up(m5), maps[1]]), 128, 1, False), 128)
+    o3 = y.c3(net.concat([net.up(m4), maps[0]]), 128, 1, False)
+    o4 = y.c3(net.concat([y.conv(o3, 128, 3, 2), m4]), 128, 1, False)
+    o5 = y.c3(net.concat([y.conv(o4, 128, 3, 2), m5]), 128, 1, False)
+    found = []
+    for x in (o3, o4, o5):
+        z = cells(net, net.conv(x, 48))
+        box, marks, face = net.slice(z, 0, 5, -1), net.slice(z, 5, 15, -1), net.slice(z, 15, 16, -1)
+        z = net.concat([marks, net.act(face, "sigmoid")], -1)
+        z = net.concat([net.act(box, "sigmoid"), z], -1)
+        parts = squared(net, net.slice(z, 0, 2, -1), net.slice(z, 2, 4, -1))
+        parts.append(net.slice(z, 4, 5, -1))
+        parts += [net.add(net.mul(net.slice(z, k, k + 2, -1))) for k in range(5, 15, 2)]
+        parts.append(net.slice(z, 15, 16, -1))
+        found.append(net.reshape(net.concat(parts, -1), 1, -1, 16))
+    z = net.concat(found, 1)
+    certain, face = net.slice(z, 4, 5, -1), net.slice(z, 15, 16, -1)
+    return [net.slice(z, 0, 4, -1), net.mul(certain, face), net.slice(z, 5, 15, -1)]
+
+
+@workload("yolor", "Yolo-R", "yolor")
+def _(net: Net) -> list[Value]:
+    """YOLOR-P6."""
+    y = Yolo(net)
+
+    def residuals(x: Value, c: int, n: int) -> Value:
+        for _ in range(n):
+            x = net.add(x, y.conv(y.conv(x, c), c, 3))
+        return x
+
+    def stage(x: Value, out: int, half: int, n: int) -> Value:
+        x = y.conv(x, out, 3, 2)
+        aside = y.conv(x, half)
+        return y.conv(net.concat([residuals(y.conv(x, half), half, n), aside]), out)
+
+    def join(parts: Sequence[Value], c: int) -> Value:
+        x = y.conv(net.concat(parts), c)
+        aside = y.conv(x, c)
+        for _ in range(3):
+            x = y.conv(y.conv(x, c), c, 3)
+        return y.conv(net.concat([x, aside]), c)
+
+    x = y.conv(net.shuffle(net.input(1, 3, 640, 640), -2), 64, 3)
+    maps = []
+    for out, half, n in ((128, 64, 3), (256, 128, 7), (384, 192, 7), (512, 256, 3), (640, 320, 3)):
+        x = stage(x, out, half, n)
+        maps.append(x)
+    aside = y.conv(x, 320)
+    x = y.conv(y.conv(y.conv(x, 320), 320, 3), 320)
+    pooled = [net.pool(x, k, 1, k // 2) for k in (13, 9, 5)]
+    x = y.conv(y.conv(net.concat([*pooled, x]), 320), 320, 3)
+    tops = [y.conv(net.concat([x, aside]), 320)]
+    for c, skip in zip((256, 192, 128), maps[3:0:-1], strict=True):
+        raised = net.up(y.conv(tops[-1], c))
+        tops.append(join([y.conv(skip, c), raised], c))
+    levels = [tops.pop()]
+    for c in (192, 256, 320):
+        levels.append(join([y.conv(levels[-1], c, 3, 2), tops.pop()], c))
+    found = []
+    for x, width in zip(levels, (256, 384, 512, 640), strict=True):
+        z = net.mul(net.conv(net.add(y.conv(x, width, 3)), 255))
+        z = net.act(net.reshape(cells(net, z), -1, 85), "sigmoid")
+        box = squared(net, net.slice(z, 0, 2, -1), net.slice(z, 2, 4, -1))
+        found.append(net.reshape(net.concat([*box, net.slice(z, 4, 85, -1)], -1), 1, -1, 85))
+    return scored(net, net.concat(found, 1))
+
+
 @workload("yolov3", "Yolo-v3", "yolov3")
 def _(net: Net) -> list[Value]:
     """YOLOv3-tiny with an Ultralytics detection head."""
@@ -420,8 +544,7 @@ def _(net: Net) -> list[Value]:
     raw.append(net.conv(y.conv(net.concat([net.up(y.conv(x, 128)), p4]), 256, 3), 255))
     parts: list[list[Value]] = [[], [], []]
     for x in raw:
-        h, w = x.shape[2:]
-        z = net.transpose(net.reshape(x, 1, 3, 85, h, w), 0, 1, 3, 4, 2)
+        z = cells(net, x)
         parts[0].append(net.mul(net.add(net.act(net.slice(z, 0, 2, -1), "sigmoid"))))
         parts[1].append(net.mul(net.act(net.slice(z, 2, 4, -1), "exp")))
         parts[2].append(net.concat([net.act(net.slice(z, a, b, -1), "sigmoid") for a, b in ((4, 5), (5, 85))], -1))
@@ -429,7 +552,8 @@ def _(net: Net) -> list[Value]:
     half = net.mul(wh)
     box = net.concat([net.binary("sub", xy, half), net.add(xy, half)], -1)
     certain, scores = net.slice(scores, 0, 1, -1), net.slice(scores, 1, 81, -1)
-    return [box, net.mul(net.reduce(scores, -1, "reduce_max"), certain), net.reduce(scores, -1, "argmax")]
+    score, index = best(net, scores)
+    return [box, net.mul(score, net.reshape(certain, 1, -1)), index]
 
 
 @workload("yolov6", "Yolo-v6", "yolov6")
@@ -474,8 +598,7 @@ def _(net: Net) -> list[Value]:
     a, b = net.binary("sub", low), net.add(high)
     box = net.mul(net.concat([net.mul(net.add(a, b)), net.binary("sub", b, a)], -1))
     found = net.concat([net.pad(box, 1), net.transpose(net.concat(scores, 2), 0, 2, 1)], -1)
-    certain, scores = net.slice(found, 4, 5, -1), net.slice(found, 5, 85, -1)
-    return [corners(net, net.slice(found, 0, 4, -1)), *best(net, net.mul(scores, certain))]
+    return scored(net, found)
 
 
 # ------------------------------------------------------------------------------------------------------- two stages

@@ -126,6 +126,24 @@ def _(net: Net) -> list[Value]:
     return [net.act(flag, "sigmoid"), net.act(handed, "sigmoid"), net.mul(net.reshape(marks, 1, 21, 3))]
 
 
+@workload("mediapipe_hand_gesture", "canned_gesture_classifier", "gesture")
+def _(net: Net) -> Value:
+    """A hand's landmarks and their mirror image through the same residual layers; norms precede the activations."""
+
+    def active(x: Value) -> Value:
+        return net.act(net.add(net.mul(x)), "silu")
+
+    def embed(x: Value) -> Value:
+        x = net.linear(x, 128)
+        for _ in range(7):
+            x = net.add(x, net.linear(active(x), 128))
+        return x
+
+    x = net.add(embed(net.input(1, 64)), embed(net.input(1, 64)))
+    x = net.act(net.add(net.mul(net.linear(active(x), 128))), "relu")
+    return net.softmax(net.linear(x, 8))
+
+
 # -------------------------------------------------------------------------------------------------------------- faces
 
 
@@ -179,6 +197,41 @@ def _(net: Net) -> Value:
         logits.append(net.reshape(net.linear(net.reshape(net.gap(y), 1, 128), 2), 1, 1, 2))
     logit = net.concat(logits, 1)
     return net.slice(net.softmax(logit), 1, 2, -1)
+
+
+@workload("eyegaze", "EyeGaze", "eyegaze")
+def _(net: Net) -> list[Value]:
+    """EyeNet: three stacked hourglasses for 34 landmarks, and a branch for the direction."""
+
+    def residual(x: Value, out: int) -> Value:
+        """The norms of the inner convolutions fold, that of the input does not."""
+        y = net.conv(net.act(net.mul(x), "relu"), out // 2, act="relu")
+        y = net.conv(net.conv(y, out // 2, 3, act="relu"), out)
+        return net.add(y, net.conv(x, out) if x.channels != out else x)
+
+    def before(x: Value, s: int) -> Value:
+        x = net.pool(residual(net.conv(x, 64, 7, s, act="relu"), 128), 2, 2)
+        return residual(residual(x, 128), 32)
+
+    def hourglass(x: Value, n: int) -> Value:
+        low = residual(net.pool(x, 2, 2), 32)
+        low = residual(hourglass(low, n - 1) if n > 1 else residual(low, 32), 32)
+        return net.add(residual(x, 32), net.resize(low, x.shape[2:]))
+
+    x = before(net.reshape(net.input(1, 96, 160), 1, 1, 96, 160), 1)
+    gaze = net.reshape(before(x, 2), 1, -1)
+    heat = []
+    for i in range(3):
+        feature = net.conv(residual(hourglass(x, 4), 32), 32, act="relu")
+        heat.append(net.conv(feature, 34))
+        if i < 2:
+            x = net.add(net.add(x, net.conv(heat[-1], 32)), net.conv(feature, 32))
+    spread = net.softmax(net.mul(net.reshape(heat[-1], 1, 34, -1)))
+    at = [net.reduce(net.mul(net.mul(spread)), -1, "reduce_sum") for _ in range(2)]
+    marks = net.concat(at, -1)
+    gaze = net.concat([gaze, net.reshape(marks, 1, -1)], -1)
+    gaze = net.linear(net.linear(gaze, 256, "relu"), 2)
+    return [net.concat([net.reshape(x, 1, 1, 34, 48, 80) for x in heat], 1), marks, gaze]
 
 
 # --------------------------------------------------------------------------------------------------------- detection
