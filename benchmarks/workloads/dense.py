@@ -400,14 +400,19 @@ def _(net: Net) -> Value:
     return nafnet(net, 64, (360, 640), (1, 1, 1, 28), 1, (1, 1, 1, 1))
 
 
+def mirrored(net: Net, x: Value, by: int = 1) -> Value:
+    """A map continued by its mirror image at every edge."""
+    return net.pad(x, 2 * by, 2 * by, mode="reflect")
+
+
 def aot(net: Net) -> Value:
     x = net.concat([net.input(1, 3, 512, 512), net.input(1, 1, 512, 512)])
-    x = net.conv(x, 64, 7, act="relu")
+    x = net.conv(mirrored(net, x, 3), 64, 7, p=0, act="relu")
     x = net.conv(net.conv(x, 128, 4, 2, 1, act="relu"), 256, 4, 2, 1, act="relu")
     for _ in range(8):
-        parts = [net.conv(net.pad(x, 2 * d, 2 * d), 64, 3, d=d, p=0, act="relu") for d in (1, 2, 4, 8)]
-        y = net.conv(net.pad(net.concat(parts), 2, 2), 256, 3, p=0)
-        gate = net.conv(net.pad(x, 2, 2), 256, 3, p=0)
+        parts = [net.conv(mirrored(net, x, d), 64, 3, d=d, p=0, act="relu") for d in (1, 2, 4, 8)]
+        y = net.conv(mirrored(net, net.concat(parts)), 256, 3, p=0)
+        gate = net.conv(mirrored(net, x), 256, 3, p=0)
         centered = net.binary("sub", gate, net.gap(gate))
         deviation = net.act(net.gap(net.mul(centered, centered)), "sqrt")
         gate = net.binary("div", net.mul(centered), deviation)
@@ -425,17 +430,23 @@ def _(net: Net) -> Value:
 
 @workload("lama_dilated", "LaMa-Dilated", "inpaint")
 def _(net: Net) -> Value:
-    x = net.concat([net.input(1, 3, 512, 512), net.input(1, 1, 512, 512)])
-    x = net.conv(x, 64, 7, act="relu")
+    """The picture outside the mask, continued by mirror images; what is painted is put under the mask."""
+
+    def conv(x: Value, out: int, k: int, s: int = 1, d: int = 1, act: str | None = "relu") -> Value:
+        return net.conv(mirrored(net, x, d * (k // 2)), out, k, s, 0, d=d, act=act)
+
+    image, mask = net.input(1, 3, 512, 512), net.input(1, 1, 512, 512)
+    kept = net.mul(image, net.binary("sub", mask))
+    x = conv(net.concat([kept, mask]), 64, 7)
     for out in (128, 256, 512):
-        x = net.conv(x, out, 3, 2, act="relu")
+        x = conv(x, out, 3, 2)
     for i in range(9):
         d = (1, 2, 4)[i % 3]
-        y = net.conv(net.conv(x, 512, 3, act="relu", d=d), 512, 3, d=d)
-        x = net.add(x, y)
+        x = net.add(x, conv(conv(x, 512, 3, d=d), 512, 3, d=d, act=None))
     for out in (256, 128, 64):
         x = net.deconv(x, out, 3, 2, 1, "relu", 1)
-    return net.act(net.conv(x, 3, 7), "sigmoid")
+    x = net.act(conv(x, 3, 7, act=None), "sigmoid")
+    return net.add(net.mul(x, mask), net.mul(net.binary("sub", mask), image))
 
 
 @workload("easyocr", "detector", "unet")

@@ -606,16 +606,25 @@ def _(net: Net) -> list[Value]:
 
 @workload("detectron2_detection", "proposal_generator", "rcnn")
 def _(net: Net) -> list[Value]:
-    x = stem(net, net.picture(1, 3, 800, 800))
+    image = net.input(1, 3, 800, 800)
+    x = stem(net, net.mul(net.binary("sub", net.emit("gather", [image], image.shape))))
     for i, depth in enumerate((3, 4, 6)):
         for j in range(depth):
             x = bottleneck(net, x, 256 * 2**i, 2 if i and j == 0 else 1, 64 * 2**i)
     y = net.conv(x, 1024, 3, act="relu")
     scores, deltas = net.conv(y, 15), net.conv(y, 60)
-    flat = net.reshape(net.transpose(deltas, 0, 2, 3, 1), 1, -1, 4)
-    a, b = net.slice(flat, 0, 2, -1), net.slice(flat, 2, 4, -1)
-    boxes = net.concat([net.add(net.mul(a)), net.act(net.mul(b), "exp")], -1)
+    boxes = placed(net, net.reshape(net.transpose(deltas, 0, 2, 3, 1), -1, 4))
     return [x, boxes, net.reshape(net.transpose(scores, 0, 2, 3, 1), 1, -1)]
+
+
+def placed(net: Net, deltas: Value) -> Value:
+    """Offsets of every anchor [N, 4] to its corners, one coordinate at a time."""
+    x, y, w, h = (net.slice(deltas, i, i + 1) for i in range(4))
+    centers = [net.add(net.mul(part)) for part in (x, y)]
+    halves = [net.mul(net.mul(net.act(net.act(part, "clip"), "exp"))) for part in (w, h)]
+    low = [net.binary("sub", center, half) for center, half in zip(centers, halves, strict=True)]
+    high = [net.add(center, half) for center, half in zip(centers, halves, strict=True)]
+    return net.concat([*low, *high], 1)
 
 
 @workload("detectron2_detection", "roi_head", "rcnn")
@@ -643,13 +652,8 @@ def _(net: Net) -> list[Value]:
         y = net.conv(net.conv(x, 256, 3, act="relu"), 256, 3, act="relu")
         scores.append(net.reshape(net.transpose(net.conv(y, 3), 0, 2, 3, 1), 1, -1, 1))
         deltas.append(net.reshape(net.transpose(net.conv(y, 12), 0, 2, 3, 1), 1, -1, 4))
-    deltas = net.reshape(net.concat(deltas, 1), -1, 4)
-    x, y, w, h = (net.slice(deltas, i, i + 1) for i in range(4))
-    centers = [net.add(net.mul(part)) for part in (x, y)]
-    halves = [net.mul(net.mul(net.act(net.act(part, "clip"), "exp"))) for part in (w, h)]
-    low = [net.binary("sub", center, half) for center, half in zip(centers, halves, strict=True)]
-    high = [net.add(center, half) for center, half in zip(centers, halves, strict=True)]
-    return [*levels[:4], net.concat(scores, 1), net.concat([*low, *high], 1)]
+    boxes = placed(net, net.reshape(net.concat(deltas, 1), -1, 4))
+    return [*levels[:4], net.concat(scores, 1), boxes]
 
 
 # -------------------------------------------------------------------------------------------------------------- pose

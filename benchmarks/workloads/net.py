@@ -192,10 +192,10 @@ class Net:
             return self.emit("space_to_depth", [x], (n, c * factor**2, h // -factor, w // -factor))
         return self.emit(op, [x], (n, c // factor**2, h * factor, w * factor))
 
-    def pad(self, x: Value, *grow: int) -> Value:
+    def pad(self, x: Value, *grow: int, mode: str = "constant") -> Value:
         """grow: added elements per dimension, last dimensions first."""
         added = [0] * (len(x.shape) - len(grow)) + list(grow[::-1])
-        return self.emit("pad", [x], tuple(n + a for n, a in zip(x.shape, added, strict=True)))
+        return self.emit("pad", [x], tuple(n + a for n, a in zip(x.shape, added, strict=True)), mode=mode)
 
     # ------------------------------------------------------------------------------------------------ common blocks
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from benchmarks.workloads import workload
 from benchmarks.workloads.classify import inverted
+from benchmarks.workloads.detect import scored
 from benchmarks.workloads.net import Net, Value
 
 # ---------------------------------------------------------------------------------------------------------- MediaPipe
@@ -32,23 +33,24 @@ def blazes(net: Net, x: Value, stages: Sequence[tuple[int, int]], k: int = 3, ac
     return x
 
 
-def anchored(net: Net, levels: Sequence[tuple[Value, int]], coordinates: int) -> list[Value]:
-    """Boxes and scores of every anchor; levels: features, anchors per cell."""
+def anchored(net: Net, levels: Sequence[tuple[Value, int]], coordinates: int) -> list[list[Value]]:
+    """Boxes and scores of every level's anchors; levels: features, anchors per cell."""
     found = []
     for width in (coordinates, 1):
         parts = [net.transpose(net.conv(x, each * width), 0, 2, 3, 1) for x, each in levels]
-        found.append(net.concat([net.reshape(y, 1, -1, width) for y in parts], 1))
+        found.append([net.reshape(y, 1, -1, width) for y in parts])
     return found
 
 
 @workload("mediapipe_face", "face_detector", "blaze")
 def _(net: Net) -> list[Value]:
-    x = net.conv(net.pad(net.input(1, 3, 256, 256), 3, 3), 24, 5, 2, 0, act="relu")
+    x = net.conv(net.pad(net.input(1, 3, 256, 256), 4, 4), 24, 5, 2, 0, act="relu")
     for _ in range(7):
         x = blaze(net, x, 24)
     x = blazes(net, x, ((24, 7), (48, 7), (96, 7)))
     final = net.conv(net.conv(net.pad(x, 2, 2), 96, 3, 2, 0, 96), 96, act="relu")
-    return anchored(net, ((x, 2), (final, 6)), 16)
+    boxes, scores = anchored(net, ((x, 2), (final, 6)), 16)
+    return [*boxes, *scores]
 
 
 @workload("mediapipe_face", "face_landmark_detector", "blaze")
@@ -74,7 +76,7 @@ def palms(net: Net) -> list[Value]:
     z = blazes(net, y, ((256, 7),))
     y = blaze(net, net.add(y, net.deconv(z, 256, 2, 2, act="relu")), 256)
     x = blaze(net, net.add(x, net.deconv(y, 128, 2, 2, act="relu")), 128)
-    return anchored(net, ((x, 2), (y, 2), (z, 6)), 18)
+    return [net.concat(parts, 1) for parts in anchored(net, ((x, 2), (y, 2), (z, 6)), 18)]
 
 
 workload("mediapipe_hand", "hand_detector", "blaze")(palms)
@@ -260,14 +262,16 @@ def _(net: Net) -> list[Value]:
     small = double(net.concat([net.up(middle), kept[1]]), 128, 1)
     medium = double(net.concat([conv(small, 128, 3, 2), middle]), 256, 1)
     large = double(net.concat([conv(medium, 256, 3, 2), low]), 512, 1)
-    boxes, scores = [], []
+    found = []
     for x in (small, medium, large):
         _, _, h, w = x.shape
-        y = net.reshape(net.transpose(net.reshape(net.conv(x, 21), 1, 3, 7, h, w), 0, 3, 4, 1, 2), 1, h * w * 3, 7)
-        center, size = (net.act(net.slice(y, i, i + 2, -1), "sigmoid") for i in (0, 2))
-        center = net.mul(net.add(net.mul(center)))
-        size = net.mul(net.mul(size, size))
-        low_corner, high_corner = net.binary("sub", center, size), net.add(center, size)
-        boxes.append(net.concat([low_corner, high_corner], -1))
-        scores.append(net.mul(net.act(net.slice(y, 5, 7, -1), "sigmoid"), net.act(net.slice(y, 4, 5, -1), "sigmoid")))
-    return [net.concat(boxes, 1), net.concat(scores, 1)]
+        y = net.transpose(net.reshape(net.conv(x, 21), 1, 3, 7, h, w), 0, 3, 4, 1, 2)
+        certain = net.reshape(net.act(net.slice(y, 4, 5, -1), "sigmoid"), 1, h * w * 3)
+        classes = net.reshape(net.act(net.slice(y, 5, 7, -1), "sigmoid"), 1, h * w * 3, 2)
+        flat, parts = net.reshape(y, 1, h * w * 3, 7), []
+        for i in range(4):
+            z = net.act(net.reshape(net.slice(flat, i, i + 1, -1), 1, -1), "sigmoid")
+            parts.append(net.mul(net.add(net.mul(z))) if i < 2 else net.mul(net.mul(net.mul(z, z))))
+        box = net.concat([net.reshape(z, 1, -1, 1) for z in (*parts, certain)], 2)
+        found.append(net.concat([box, classes], -1))
+    return scored(net, net.concat(found, 1))

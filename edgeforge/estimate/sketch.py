@@ -185,7 +185,9 @@ class _Sketch:
             made = {"fan_in": fan_in}
             return Layer(op, tuple(active), output, weights, math.prod(shape) * fan_in, made, source)
         made = {}
-        if op == "transpose":
+        if op == "pad":
+            made["mode"] = attrs.get("mode", b"constant").decode()
+        elif op == "transpose":
             made["perm"] = tuple(attrs.get("perm", range(len(shape))[::-1]))
         elif op in ("max_pool", "avg_pool"):
             kernel = tuple(attrs["kernel_shape"])

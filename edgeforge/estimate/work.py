@@ -166,10 +166,14 @@ def works(program: Program, precision: Precision) -> list[Work]:
 
 
 def _fused(layer: Layer, made: dict[str, Layer], readers: dict[str, list[Layer]], program: Program) -> bool:
-    """Clamps and constant factors or addends go into the layer before; a matmul transposes its second operand; whole
-    tiles of an image's channels are a view."""
+    """Clamps and constant factors or addends go into the layer before, zeros around a map into the convolution after;
+    a matmul transposes its second operand; whole tiles of an image's channels are a view."""
     if layer.op == "expand":
         return True
+    if layer.op == "pad" and layer.attrs.get("mode", "constant") == "constant":
+        found = readers.get(layer.output, [])
+        around = program.shapes[layer.inputs[0]][:2] == program.shapes[layer.output][:2]
+        return around and bool(found) and all(reader.op in ("conv2d", "conv3d") for reader in found)
     if layer.op == "slice" and layer.output not in program.outputs:
         before, shape = program.shapes[layer.inputs[0]], program.shapes[layer.output]
         return len(shape) == 4 and before[2:] == shape[2:] and shape[1] % TILE_DEPTH == 0
