@@ -410,7 +410,8 @@ def estimate(
     from edgeforge.target import load_target
 
     names = [*([target] if target else []), *(compare or "").split(",")]
-    chosen = [load_target(name) for name in dict.fromkeys(name.strip() for name in names) if name]
+    every = [load_target(name.strip()) for name in names if name.strip()]
+    chosen = [one for i, one in enumerate(every) if one not in every[:i]]
     if not chosen:
         raise InvalidInput("estimate needs a target -> --target T, or --compare T1,T2")
     if sweep not in (None, "precision") or (sweep and precision):

@@ -27,6 +27,7 @@ from edgeforge.estimate.program import Program
 from edgeforge.estimate.sketch import from_onnx
 from edgeforge.estimate.work import PRECISIONS, works
 from edgeforge.estimator import batched
+from edgeforge.resources import folder
 from edgeforge.target import load_target, names
 
 PHONE = load_target("snapdragon-8-gen-3")
@@ -108,6 +109,16 @@ def test_whole_tiles_of_channels_are_views() -> None:
         return sum(node.us for node in estimate_program(program, PHONE, "w8a8").nodes if node.op == "slice")
 
     assert slices(64) == 0 < slices(40)
+
+
+def test_zeros_around_a_map_fold_into_the_convolution_after_them() -> None:
+    def pads(mode: str, pooled: bool = False) -> float:
+        net = Net("padded")
+        x = net.pad(net.conv(net.input(1, 8, 56, 56), 64, 3), 2, 2, mode=mode)
+        program = net.finish(net.pool(x, 3, 2) if pooled else net.conv(x, 64, 3, 2, 0))
+        return sum(node.us for node in estimate_program(program, PHONE, "w8a8").nodes if node.op == "pad")
+
+    assert pads("constant") == 0 < min(pads("reflect"), pads("constant", pooled=True))
 
 
 def test_clamps_run_inside_the_convolution_before_them() -> None:
@@ -343,6 +354,9 @@ def test_too_few_points_and_other_units_are_refused() -> None:
     seen, programs = points(1.0)
     with pytest.raises(InvalidInput, match="a fit needs 5"):
         calibrate(PHONE, seen[:4], programs)
+    one = [dataclasses.replace(seen[0], precision=name) for name in PRECISIONS]
+    with pytest.raises(InvalidInput, match="1 model"):
+        calibrate(PHONE, one, programs)
     micro = [dataclasses.replace(point, latency_ms=point.latency_ms * 1000) for point in seen]
     with pytest.raises(InvalidInput, match="must be milliseconds"):
         calibrate(PHONE, micro, programs)
@@ -356,6 +370,7 @@ def test_too_few_points_and_other_units_are_refused() -> None:
         ("a,w8a8,fast", "is not a number"),
         ("a,w8a8,900000", "another unit"),
         ("a,w3a8,1", "precision 'w3a8'"),
+        (",w8a8,1", "line 2: no model"),
         ("a,w8a8,1\na,w8a8,3", "more than twofold"),
     ],
 )
@@ -471,6 +486,8 @@ def test_targets_and_precisions_are_compared_in_one_table(run) -> None:
     assert out.count("snapdragon-8-gen-3") == 5  # float, w8a8, w8a16, w4a8, w4a16
     assert out.count("snapdragon-888") == 4  # no float
     assert "wide interval" in out
+    code, out, _ = run("estimate", folder("models") / "digits", "--compare", "Galaxy S24,SM8650")
+    assert (code, out.count("snapdragon-8-gen-3")) == (0, 1)  # one chip under two names; a model by its folder
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ def _(net: Net) -> list[Value]:
         return net.reshape(x, down * across, size, size, c)
 
     def whole(x: Value, side: int) -> Value:
-        n, size, _, c = x.shape
+        _, size, _, c = x.shape
         count = -(-side // size)
         x = net.transpose(net.reshape(x, 1, count, count, size, size, c), 0, 1, 3, 2, 4, 5)
         x = net.reshape(x, 1, count * size, count * size, c)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from benchmarks.workloads import workload
 from benchmarks.workloads.classify import inverted
-from benchmarks.workloads.detect import scored
 from benchmarks.workloads.net import Net, Value
+from benchmarks.workloads.yolo import scored
 
 # ---------------------------------------------------------------------------------------------------------- MediaPipe
 

@@ -24,7 +24,7 @@ from edgeforge.estimate.work import PRECISIONS, TERMS
 from edgeforge.target import Target, load_target, names
 
 COLUMNS = ("model", "precision", "latency_ms")
-#: A fit with fewer workloads would only move noise.
+#: A fit with fewer models would only move noise.
 FEWEST = 5
 FASTEST_MS, SLOWEST_MS = 0.01, 60_000.0
 
@@ -73,6 +73,8 @@ def read_points(path: Path) -> list[Point]:
             bad.append(f"line {line}: latency_ms {value:g} is not a positive number")
         elif not FASTEST_MS <= value <= SLOWEST_MS:
             bad.append(f"line {line}: latency_ms {value:g} is outside {FASTEST_MS} to {SLOWEST_MS:g}: another unit?")
+        elif not (row["model"] or "").strip():
+            bad.append(f"line {line}: no model")
         elif row["precision"] not in PRECISIONS:
             bad.append(f"line {line}: precision {row['precision']!r}, one of {', '.join(PRECISIONS)}")
         else:
@@ -96,10 +98,11 @@ def _merge(points: Sequence[Point]) -> list[Point]:
 def calibrate(target: Target, points: Sequence[Point], programs: Mapping[str, Program]) -> Calibration:
     """Fit the chip's factors to its own measurements. programs: by `Point.model`.
 
-    Raises InvalidInput with fewer than FEWEST workloads, or when the times are off by a constant that looks like
+    Raises InvalidInput with fewer than FEWEST models, or when the times are off by a constant that looks like
     another unit."""
-    if len(points) < FEWEST:
-        raise InvalidInput(f"{len(points)} workload(s) for {target.name}, a fit needs {FEWEST} -> measure more models")
+    models = len({point.model for point in points})
+    if models < FEWEST:
+        raise InvalidInput(f"{models} model(s) for {target.name}, a fit needs {FEWEST} -> measure more models")
     latency = priced(target)
     samples = Samples.of([(programs[point.model], PRECISIONS[point.precision]) for point in points])
     base = np.log([[latency.rates[name][term] for term in TERMS] for name in NAMES])
