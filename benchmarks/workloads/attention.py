@@ -173,9 +173,7 @@ def rotary(net: Net, x: Value) -> Value:
 
 @workload("mobile_bert_uncased_google", "Mobile-Bert-Uncased-Google", "bert")
 def _(net: Net) -> Value:
-    def affine(x: Value) -> Value:
-        return net.add(net.mul(x))
-
+    affine = net.batch_norm
     x = net.embedding(net.input(1, 384), 30522, 128)
     x = affine(net.add(net.linear(net.concat([net.pad(x, 0, 0), x, x], -1), 512)))
     for _ in range(24):

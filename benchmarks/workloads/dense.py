@@ -170,6 +170,9 @@ def _(net: Net) -> Value:
         y = net.resize(y, x.shape[2:])
         return net.add(net.mul(x, net.add(net.mul(gate))), net.mul(gate, y)) if x.channels == y.channels else x
 
+    def ready(x: Value) -> Value:
+        return net.act(net.batch_norm(x), "relu")
+
     x = net.conv(net.conv(net.picture(1, 3, 1024, 2048), 32, 3, 2, act="relu"), 32, 3, 2, act="relu")
     x = block(block(x, 32), 32, relu=False)
     x = net.act(x, "relu")
@@ -189,16 +192,15 @@ def _(net: Net) -> Value:
     d = net.add(d, net.resize(net.conv(i, 64, 3), d.shape[2:]))
     p, d = narrow(net.act(p, "relu"), 64), narrow(net.act(d, "relu"), 64)
     i = narrow(narrow(i, 256, 2), 256)
-    parts = [net.conv(net.act(i, "relu"), 96)]
+    parts = [net.conv(ready(i), 96)]
     for k in (5, 9, 17, 0):
         y = net.pool(i, k, max(2, k // 2), k // 2, "avg_pool") if k else net.gap(i)
-        parts.append(net.add(net.resize(net.conv(net.act(y, "relu"), 96), i.shape[2:]), parts[0]))
-    y = net.conv(net.act(net.concat(parts[1:]), "relu"), 384, 3, g=4)
-    i = net.add(net.conv(net.act(net.concat([parts[0], y]), "relu"), 128), net.conv(net.act(i, "relu"), 128))
+        parts.append(net.add(net.resize(net.conv(ready(y), 96), i.shape[2:]), parts[0]))
+    y = net.conv(ready(net.concat(parts[1:])), 384, 3, g=4)
+    i = net.add(net.conv(ready(net.concat([parts[0], y])), 128), net.conv(ready(i), 128))
     i = net.resize(i, d.shape[2:])
     x = bag(p, i, d)
-    x = net.conv(net.conv(net.act(x, "relu"), 128, 3, act="relu"), 19)
-    return x
+    return net.conv(net.conv(ready(x), 128, 3, act="relu"), 19)
 
 
 @workload("salsanext", "SalsaNext", "salsanext")
@@ -206,7 +208,7 @@ def _(net: Net) -> Value:
     def conv(x: Value, out: int, k: int, d: int = 1, p: int | None = None, norm: bool = True) -> Value:
         """The batch norm follows the activation function, so it does not fold into the convolution."""
         y = net.conv(x, out, k, d=d, p=p, act="leaky_relu")
-        return net.mul(y) if norm else y
+        return net.batch_norm(y) if norm else y
 
     def context(x: Value, out: int) -> Value:
         a = conv(x, out, 1, norm=False)

@@ -107,6 +107,10 @@ class Net:
     def embedding(self, ids: Value, rows: int, width: int) -> Value:
         return self.emit("gather", [ids], (*ids.shape, width), rows * width)
 
+    def batch_norm(self, x: Value) -> Value:
+        """Of those that no convolution comes before; also a factor and an addend per channel."""
+        return self.emit("batch_norm", [x], x.shape, 2 * x.channels)
+
     def norm(self, x: Value, op: str = "layer_norm") -> Value:
         """layer_norm and rms_norm over the last axis; instance_norm, group_norm and channel_norm over others."""
         width = x.shape[-1] if op in ("layer_norm", "rms_norm") else x.channels

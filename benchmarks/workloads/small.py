@@ -207,7 +207,7 @@ def _(net: Net) -> list[Value]:
 
     def residual(x: Value, out: int) -> Value:
         """The norms of the inner convolutions fold, that of the input does not."""
-        y = net.conv(net.act(net.mul(x), "relu"), out // 2, act="relu")
+        y = net.conv(net.act(net.batch_norm(x), "relu"), out // 2, act="relu")
         y = net.conv(net.conv(y, out // 2, 3, act="relu"), out)
         return net.add(y, net.conv(x, out) if x.channels != out else x)
 

@@ -85,7 +85,7 @@ class Yolo:
         return [corners(net, net.transpose(box, 0, 2, 1)), *best(net, net.transpose(scores, 0, 2, 1))]
 
     def distances(self, raw: Sequence[Value], classes: Sequence[Value], bins: int) -> tuple[Value, Value]:
-        """Means of the distributions of each side's distance [1, 4, N]; probabilities of the classes [1, classes, N]."""
+        """Mean distances of each side [1, 4, N] and probabilities of the classes [1, classes, N]."""
         net = self.net
         joined = net.concat([net.reshape(x, 1, x.channels, -1) for x in raw], 2)
         scores = net.concat([net.reshape(x, 1, x.channels, -1) for x in classes], 2)
@@ -563,7 +563,7 @@ def _(net: Net) -> list[Value]:
         """RepVGG blocks as they are trained: 3 x 3, 1 x 1 and identity, each with a batch norm."""
         for _ in range(n):
             total = net.add(net.conv(x, out, 3, s), net.conv(x, out, 1, s))
-            total = net.add(total, net.mul(x)) if s == 1 and x.channels == out else total
+            total = net.add(total, net.batch_norm(x)) if s == 1 and x.channels == out else total
             x = net.act(total, "relu")
         return x
 

@@ -23,7 +23,7 @@ OPS = {
     "Mul": "mul", "Div": "div", "Sum": "add", "Max": "add", "Min": "add", "Where": "add", "Neg": "neg",
     "Reciprocal": "reciprocal", "Softmax": "softmax", "LogSoftmax": "softmax", "LayerNormalization": "layer_norm",
     "RMSNormalization": "rms_norm", "InstanceNormalization": "instance_norm", "GroupNormalization": "group_norm",
-    "LpNormalization": "l2_norm", "BatchNormalization": "mul", "MaxPool": "max_pool", "AveragePool": "avg_pool",
+    "LpNormalization": "l2_norm", "BatchNormalization": "batch_norm", "MaxPool": "max_pool", "AveragePool": "avg_pool",
     "Resize": "resize", "Upsample": "resize", "ArgMax": "argmax", "TopK": "argmax", "Concat": "concat",
     "Slice": "slice", "Split": "slice", "Pad": "pad", "Gather": "gather", "GatherND": "gather",
     "GatherElements": "gather", "ScatterND": "gather", "ScatterElements": "gather", "Expand": "expand",

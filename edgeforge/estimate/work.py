@@ -39,13 +39,16 @@ COPIES = ("concat", "slice", "pad", "gather", "expand", "depth_to_space", "space
 FOLDING = ("conv2d", "conv3d", "linear")
 CLASSES = {
     "add": "add", "sub": "add", "mul": "add", "div": "exotic", "reciprocal": "exotic", "neg": "add", "relu": "add",
-    "relu6": "add", "clip": "add", "leaky_relu": "add", "prelu": "add", "requantize": "add", "softmax": "softmax",
+    "relu6": "add", "clip": "add", "leaky_relu": "add", "prelu": "add", "requantize": "add", "batch_norm": "add",
+    "softmax": "softmax",
     "layer_norm": "norm", "rms_norm": "norm", "instance_norm": "norm", "group_norm": "norm", "channel_norm": "norm",
     "l2_norm": "norm", "max_pool": "pool", "avg_pool": "pool", "resize": "resize", "reduce_mean": "pool",
     "reduce_sum": "pool", "reduce_max": "pool", "argmax": "pool", "roi_align": "exotic",
 }  # fmt: skip
 IMAGE_OPS = ("conv2d", "conv3d", "conv_transpose", "max_pool", "avg_pool", "resize", "roi_align")
 TILE_DEPTH, TILE_SIDE = 32, 8
+#: Layers that the vendor's converter makes of a batch norm of its own in an integer graph (one in float).
+NORM_LAYERS = 3
 #: Elements of a second operand of an activation product that makes one unit of batch_op.
 OPERAND = 2048
 
@@ -153,6 +156,8 @@ def works(program: Program, precision: Precision) -> list[Work]:
         if not kind:
             continue
         work.amounts[kind] = 1.0
+        if layer.op == "batch_norm" and precision.name != "float":
+            work.amounts = {term: NORM_LAYERS * amount for term, amount in work.amounts.items()}
         if layer.op != "gather":
             work.weight_bytes = layer.weights * (layer.weight_bits or precision.weights) / 8
         work.amounts["weights"] = work.weight_bytes / 1e3
@@ -186,7 +191,7 @@ def _fused(layer: Layer, made: dict[str, Layer], readers: dict[str, list[Layer]]
         return False
     before = made.get(layer.inputs[0])
     alone = before is not None and len(readers[before.output]) == 1
-    into = CLAMPED if layer.op in CLAMPS else FOLDING if layer.op in ("add", "sub", "mul") else ()
+    into = CLAMPED if layer.op in CLAMPS else FOLDING if layer.op in ("add", "sub", "mul", "batch_norm") else ()
     return alone and before.op in into
 
 
