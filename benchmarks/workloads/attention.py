@@ -171,6 +171,19 @@ def rotary(net: Net, x: Value) -> Value:
     return net.add(net.mul(x), net.mul(turned))
 
 
+@workload("yolo_world", "text_encoder", "bert")
+def _(net: Net) -> Value:
+    """CLIP's text transformer for 80 names of 77 tokens, of which the last counts."""
+    x = net.add(net.embedding(net.input(80, 77), 49408, 512))
+    for _ in range(12):
+        x = net.add(x, net.attention(net.norm(x), 8, bias=True))
+        y = net.linear(net.norm(x), 2048)
+        x = net.add(x, net.linear(net.mul(y, net.act(net.mul(y), "sigmoid")), 512))
+    x = net.reshape(net.norm(x), 80, 77, 512)
+    x = net.linear(net.emit("gather", [x], (80, 512)), 512, bias=False)
+    return net.reshape(net.norm(x, "l2_norm"), 1, 80, 512)
+
+
 @workload("mobile_bert_uncased_google", "Mobile-Bert-Uncased-Google", "bert")
 def _(net: Net) -> Value:
     affine = net.batch_norm

@@ -155,46 +155,46 @@ def scored(net: Net, found: Value) -> list[Value]:
     return [corners(net, net.slice(found, 0, 4, -1)), *best(net, net.mul(scores, certain))]
 
 
-def yolov8(y: Yolo, size: tuple[int, int], w: float, d: float, top: int = 1024) -> list[Value]:
+def backbone(y: Yolo, x: Value, w: float, d: float, top: int) -> list[Value]:
+    """YOLOv8's P3, P4, P5. w, d: factors of widths and depths; top: the most channels before the factor."""
+    out = []
+    x = y.conv(x, int(64 * w), 3, 2)
+    for width, depth in ((128, 3), (256, 6), (512, 6), (1024, 3)):
+        c = int(min(width, top) * w)
+        x = y.c2f(y.conv(x, c, 3, 2), c, max(round(depth * d), 1), True)
+        out.append(x)
+    return [*out[1:3], y.sppf(out[3], out[3].channels)]
+
+
+def yolov8(y: Yolo, w: float, d: float, top: int = 1024) -> list[Value]:
     """Backbone and neck: P3, P4, P5."""
-    net = y.net
-
-    def c(n: int) -> int:
-        return int(min(n, top) * w)
-
-    def n(k: int) -> int:
-        return max(round(k * d), 1)
-
-    x = y.conv(net.input(1, 3, *size), c(64), 3, 2)
-    x = y.c2f(y.conv(x, c(128), 3, 2), c(128), n(3), True)
-    p3 = y.c2f(y.conv(x, c(256), 3, 2), c(256), n(6), True)
-    p4 = y.c2f(y.conv(p3, c(512), 3, 2), c(512), n(6), True)
-    p5 = y.sppf(y.c2f(y.conv(p4, c(1024), 3, 2), c(1024), n(3), True), c(1024))
-    m4 = y.c2f(net.concat([net.up(p5), p4]), c(512), n(3), False)
-    o3 = y.c2f(net.concat([net.up(m4), p3]), c(256), n(3), False)
-    o4 = y.c2f(net.concat([y.conv(o3, c(256), 3, 2), m4]), c(512), n(3), False)
-    o5 = y.c2f(net.concat([y.conv(o4, c(512), 3, 2), p5]), c(1024), n(3), False)
+    net, n = y.net, max(round(3 * d), 1)
+    p3, p4, p5 = backbone(y, net.input(1, 3, 640, 640), w, d, top)
+    m4 = y.c2f(net.concat([net.up(p5), p4]), p4.channels, n, False)
+    o3 = y.c2f(net.concat([net.up(m4), p3]), p3.channels, n, False)
+    o4 = y.c2f(net.concat([y.conv(o3, p3.channels, 3, 2), m4]), p4.channels, n, False)
+    o5 = y.c2f(net.concat([y.conv(o4, p4.channels, 3, 2), p5]), p5.channels, n, False)
     return [o3, o4, o5]
 
 
 @workload("yolov8_det", "YOLOv8-Detection", "yolov8")
 def _(net: Net) -> list[Value]:
     y = Yolo(net)
-    levels = yolov8(y, (640, 640), 0.25, 1 / 3)
+    levels = yolov8(y, 0.25, 1 / 3)
     return y.boxes(*y.head(levels, "v8"))
 
 
 @workload("lpdm", "License-Plates-Detector-Model", "yolov8")
 def _(net: Net) -> list[Value]:
     y = Yolo(net)
-    levels = yolov8(y, (640, 640), 0.25, 1 / 3)
+    levels = yolov8(y, 0.25, 1 / 3)
     return y.boxes(*y.head(levels, "v8", 51))
 
 
 @workload("yolov8_obb", "YOLOv8-OBB", "yolov8")
 def _(net: Net) -> list[Value]:
     y = Yolo(net)
-    levels = yolov8(y, (640, 640), 0.25, 1 / 3)
+    levels = yolov8(y, 0.25, 1 / 3)
     angle = net.mul(net.add(net.act(y.coefficients(levels, 1, 16), "sigmoid")))
     distances, scores = y.distances(*y.head(levels, "v8", 15), 16)
     low, high = net.split(distances, 2)
@@ -211,7 +211,7 @@ def _(net: Net) -> list[Value]:
 
 def fastsam(net: Net, w: float, d: float, top: int) -> list[Value]:
     y = Yolo(net)
-    levels = yolov8(y, (640, 640), w, d, top)
+    levels = yolov8(y, w, d, top)
     masks = net.transpose(y.coefficients(levels, 32), 0, 2, 1)
     out = y.boxes(*y.head(levels, "v8", 1))
     return [*out, masks, y.proto(levels[0], int(256 * w))]
@@ -231,14 +231,55 @@ def _(net: Net) -> list[Value]:
 def _(net: Net) -> list[Value]:
     """YOLOE-v8-L: embeddings of 512 numbers against those of 80 names, which are constants."""
     y = Yolo(net)
-    levels = yolov8(y, (640, 640), 1.0, 1.0, 512)
+    levels = yolov8(y, 1.0, 1.0, 512)
     masks = net.transpose(y.coefficients(levels, 32), 0, 2, 1)
     raw, scores = y.head(levels, "v8", 512, hidden=256)
-    likeness = []
-    for x in scores:
-        z = net.linear(net.transpose(x, 0, 2, 3, 1), 80, bias=False)
-        likeness.append(net.add(net.mul(net.transpose(z, 0, 3, 1, 2))))
-    return [*y.boxes(raw, likeness), masks, y.proto(levels[0], 256)]
+    return [*y.boxes(raw, [likeness(net, x, 80) for x in scores]), masks, y.proto(levels[0], 256)]
+
+
+def likeness(net: Net, x: Value, names: int, text: Value | None = None) -> Value:
+    """Products of every cell's embedding with those of names, which are constants or ``text`` [1, names, width]: a
+    multiplication that broadcasts and a sum, as the exporter avoids a matrix product."""
+    _, width, h, w = x.shape
+    x = net.reshape(net.transpose(x, 0, 2, 3, 1), 1, h, w, width, 1)
+    others = [net.reshape(net.transpose(net.norm(text, "l2_norm"), 0, 2, 1), 1, 1, 1, width, names)] if text else []
+    z = net.emit("mul", [x, *others], (1, h, w, width, names), 0 if text else width * names)
+    z = net.reshape(net.reduce(z, 3, "reduce_sum"), 1, h, w, names)
+    return net.add(net.mul(net.transpose(z, 0, 3, 1, 2)))
+
+
+@workload("yolo_world", "detector", "yolov8")
+def _(net: Net) -> list[Value]:
+    """YOLOv8s-World-v2: the image attends to the names' embeddings in the neck."""
+    y = Yolo(net)
+    image, text = net.input(1, 3, 640, 640), net.input(1, 80, 512)
+
+    def attend(x: Value, heads: int) -> Value:
+        _, c, h, w = x.shape
+        each = c // heads
+        guide = net.transpose(net.reshape(net.linear(text, c), 1, 80, heads, each), 0, 2, 3, 1)
+        z = net.transpose(net.reshape(x, 1, heads, each, h * w), 0, 1, 3, 2)
+        z = net.reshape(z, 1, heads, h * w, each, 1)
+        guide = net.reshape(guide, 1, heads, 1, each, 80)
+        z = net.reduce(net.emit("mul", [z, guide], (1, heads, h * w, each, 80)), 3, "reduce_sum")
+        best = net.reduce(net.reshape(z, 1, heads, h * w, 80), 3, "reduce_max")
+        gate = net.act(net.add(net.mul(best)), "sigmoid")
+        z = net.reshape(net.conv(x, c, 3), 1, heads, each, h * w)
+        return net.reshape(net.mul(z, net.reshape(gate, 1, heads, 1, h * w)), 1, c, h, w)
+
+    def attentive(x: Value, out: int, heads: int) -> Value:
+        parts = net.split(y.conv(x, out), 2)
+        parts.append(y.bottleneck(parts[-1], out // 2, False))
+        parts.append(attend(parts[-1], heads))
+        return y.conv(net.concat(parts), out)
+
+    p3, p4, p5 = backbone(y, image, 0.5, 1 / 3, 1024)
+    m4 = attentive(net.concat([net.up(p5), p4]), 256, 4)
+    o3 = attentive(net.concat([net.up(m4), p3]), 128, 2)
+    o4 = attentive(net.concat([y.conv(o3, 128, 3, 2), m4]), 256, 4)
+    o5 = attentive(net.concat([y.conv(o4, 256, 3, 2), p5]), 512, 8)
+    raw, scores = y.head([o3, o4, o5], "v8", 512, hidden=128)
+    return y.boxes(raw, [likeness(net, x, 80, text) for x in scores])
 
 
 def yolo11(y: Yolo, w: float = 0.25, yolo26: bool = False) -> list[Value]:
