@@ -363,7 +363,7 @@ def _(net: Net) -> list[Value]:
 
 @workload("mobile_vit", "Mobile-VIT", "mobilevit")
 def _(net: Net) -> Value:
-    x = net.conv(net.input(1, 3, 256, 256), 16, 3, 2, act="silu")
+    x = net.conv(net.flip(net.input(1, 3, 256, 256), 1), 16, 3, 2, act="silu")
     x = inverted(net, x, 32, 3, 1, 64, "silu")
     for j in range(3):
         x = inverted(net, x, 64, 3, 2 if j == 0 else 1, x.channels * 4, "silu")

@@ -243,7 +243,7 @@ def _(net: Net) -> Value:
 @workload("deepbox", "vgg_3d_detection", "vgg")
 def _(net: Net) -> list[Value]:
     """VGG-19 with three heads: orientation, confidence, dimension."""
-    x = net.input(1, 3, 224, 224)
+    x = net.mul(net.binary("sub", net.flip(net.input(1, 3, 224, 224), 1)))
     for width, depth in ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4)):
         for _ in range(depth):
             x = net.conv(x, width, 3, act="relu")
@@ -328,7 +328,7 @@ def _(net: Net) -> Value:
 def _(net: Net) -> Value:
     """Two faces, each also mirrored: a batch of four whose embeddings are added in pairs."""
     faces = [net.picture(1, 3, 112, 112) for _ in range(2)]
-    mirrored = [net.slice(face, 0, 112, 3) for face in faces]
+    mirrored = [net.flip(face, 3) for face in faces]
     x = net.concat([faces[0], mirrored[0], faces[1], mirrored[1]], 0)
     x = net.dw(net.conv(x, 64, 3, 2, act="prelu"), 3, 1, "prelu")
     for t, c, n, s in ((2, 64, 5, 2), (4, 128, 1, 2), (2, 128, 6, 1), (4, 128, 1, 2), (2, 128, 2, 1)):

@@ -55,7 +55,7 @@ def _(net: Net) -> Value:
 def _(net: Net) -> Value:
     """The picture and its mirror image as a batch, whose softmaxes are averaged."""
     x = net.input(1, 3, 473, 473)
-    x = net.mul(net.binary("sub", net.concat([x, net.emit("gather", [x], x.shape)], 0)))
+    x = net.mul(net.binary("sub", net.concat([x, net.flip(x, 3)], 0)))
     x = net.conv(net.conv(net.conv(x, 64, 3, 2, act="relu"), 64, 3, act="relu"), 128, 3, act="relu")
     x = net.pool(x, 3, 2, 1)
     for i, depth in enumerate((3, 4, 23, 3)):
@@ -71,7 +71,7 @@ def _(net: Net) -> Value:
     x = net.conv(net.concat(parts), 512, 3, act="relu")
     x = net.softmax(net.resize(net.conv(x, 150), (473, 473)), 1)
     plain, mirrored = net.split(x, 2, 0)
-    return net.mul(net.add(plain, net.emit("gather", [mirrored], mirrored.shape)))
+    return net.mul(net.add(plain, net.flip(mirrored, 3)))
 
 
 @workload("unet_segmentation", "Unet-Segmentation", "unet")

@@ -13,7 +13,7 @@ from benchmarks.workloads.yolo import Yolo
 @workload("detectron2_detection", "proposal_generator", "rcnn")
 def _(net: Net) -> list[Value]:
     image = net.input(1, 3, 800, 800)
-    x = stem(net, net.mul(net.binary("sub", net.emit("gather", [image], image.shape))))
+    x = stem(net, net.mul(net.binary("sub", net.flip(image, 1))))
     for i, depth in enumerate((3, 4, 6)):
         for j in range(depth):
             x = bottleneck(net, x, 256 * 2**i, 2 if i and j == 0 else 1, 64 * 2**i)

@@ -175,6 +175,10 @@ class Net:
         shape = (*x.shape[:axis], end - start, *x.shape[axis + 1 :])
         return self.emit("slice", [x], shape)
 
+    def flip(self, x: Value, axis: int) -> Value:
+        """Reversed along an axis: a slice of stride -1."""
+        return self.slice(x, 0, x.shape[axis], axis)
+
     def split(self, x: Value, parts: int, axis: int = 1) -> list[Value]:
         width = x.shape[axis] // parts
         return [self.slice(x, i * width, (i + 1) * width, axis) for i in range(parts)]

@@ -234,23 +234,17 @@ def _(net: Net) -> list[Value]:
     levels = yolov8(y, 1.0, 1.0, 512)
     masks = net.transpose(y.coefficients(levels, 32), 0, 2, 1)
     raw, scores = y.head(levels, "v8", 512, hidden=256)
-    return [*y.boxes(raw, [likeness(net, x, 80) for x in scores]), masks, y.proto(levels[0], 256)]
-
-
-def likeness(net: Net, x: Value, names: int, text: Value | None = None) -> Value:
-    """Products of every cell's embedding with those of names, which are constants or ``text`` [1, names, width]: a
-    multiplication that broadcasts and a sum, as the exporter avoids a matrix product."""
-    _, width, h, w = x.shape
-    x = net.reshape(net.transpose(x, 0, 2, 3, 1), 1, h, w, width, 1)
-    others = [net.reshape(net.transpose(net.norm(text, "l2_norm"), 0, 2, 1), 1, 1, 1, width, names)] if text else []
-    z = net.emit("mul", [x, *others], (1, h, w, width, names), 0 if text else width * names)
-    z = net.reshape(net.reduce(z, 3, "reduce_sum"), 1, h, w, names)
-    return net.add(net.mul(net.transpose(z, 0, 3, 1, 2)))
+    likeness = []
+    for x in scores:
+        z = net.linear(net.transpose(x, 0, 2, 3, 1), 80, bias=False)
+        likeness.append(net.add(net.mul(net.transpose(z, 0, 3, 1, 2))))
+    return [*y.boxes(raw, likeness), masks, y.proto(levels[0], 256)]
 
 
 @workload("yolo_world", "detector", "yolov8")
 def _(net: Net) -> list[Value]:
-    """YOLOv8s-World-v2: the image attends to the names' embeddings in the neck."""
+    """YOLOv8s-World-v2: the image attends to the names' embeddings in the neck. Products with embeddings are
+    multiplications that broadcast, and sums: the exporter avoids a matrix product."""
     y = Yolo(net)
     image, text = net.input(1, 3, 640, 640), net.input(1, 80, 512)
 
@@ -267,6 +261,13 @@ def _(net: Net) -> list[Value]:
         z = net.reshape(net.conv(x, c, 3), 1, heads, each, h * w)
         return net.reshape(net.mul(z, net.reshape(gate, 1, heads, 1, h * w)), 1, c, h, w)
 
+    def likeness(x: Value) -> Value:
+        _, width, h, w = x.shape
+        names = net.reshape(net.transpose(net.norm(text, "l2_norm"), 0, 2, 1), 1, 1, 1, width, 80)
+        x = net.reshape(net.transpose(x, 0, 2, 3, 1), 1, h, w, width, 1)
+        z = net.reduce(net.emit("mul", [x, names], (1, h, w, width, 80)), 3, "reduce_sum")
+        return net.add(net.mul(net.transpose(net.reshape(z, 1, h, w, 80), 0, 3, 1, 2)))
+
     def attentive(x: Value, out: int, heads: int) -> Value:
         parts = net.split(y.conv(x, out), 2)
         parts.append(y.bottleneck(parts[-1], out // 2, False))
@@ -279,7 +280,7 @@ def _(net: Net) -> list[Value]:
     o4 = attentive(net.concat([y.conv(o3, 128, 3, 2), m4]), 256, 4)
     o5 = attentive(net.concat([y.conv(o4, 256, 3, 2), p5]), 512, 8)
     raw, scores = y.head([o3, o4, o5], "v8", 512, hidden=128)
-    return y.boxes(raw, [likeness(net, x, 80, text) for x in scores])
+    return y.boxes(raw, [likeness(x) for x in scores])
 
 
 def yolo11(y: Yolo, w: float = 0.25, yolo26: bool = False) -> list[Value]:

@@ -246,7 +246,7 @@ def _mac_class(layer: Layer, shape: Shape) -> str:
 
 
 def _padded_macs(layer: Layer, shape: Shape) -> float:
-    """Multiply-accumulates with channels padded to 32 and maps to 8 x 8."""
+    """Multiply-accumulates with channels padded to 32 and maps to 8 x 8 (of a single row or column: to 8)."""
     a = layer.attrs
     if layer.op in ("matmul", "linear"):
         rows = math.prod(shape[:-1])
@@ -257,7 +257,7 @@ def _padded_macs(layer: Layer, shape: Shape) -> float:
     window = math.prod(a["kernel"])
     if layer.op == "conv_transpose":
         return layer.macs / (shape[1] * a["fan_in"]) * up(shape[1], TILE_DEPTH) * up(a["fan_in"], TILE_DEPTH)
-    spatial = [up(n, TILE_SIDE) for n in shape[2:]] if math.prod(shape[2:]) > 1 else [1]
+    spatial = [up(n, TILE_SIDE) if n > 1 else 1 for n in shape[2:]]
     if len(shape) == 5:
         spatial[0] = shape[2]
     area = shape[0] * math.prod(spatial)
