@@ -62,8 +62,9 @@ def usable(row: dict[str, str], runtime: str = "qnn_dlc") -> bool:
     )
 
 
-def load(path: Path = DATA, runtime: str = "qnn_dlc") -> Hub:
-    """Every usable row whose model has a workload; ``missing``: the others, by number of rows."""
+def load(path: Path = DATA, runtime: str = "qnn_dlc", fitted: bool = True) -> Hub:
+    """Every usable row whose model has a workload that is ``fitted`` (or not); ``missing``: the number of rows of models
+    without a workload."""
     keys: list[Key] = []
     found: dict[Key, int] = {}
     missing: dict[tuple[str, str], int] = {}
@@ -74,6 +75,8 @@ def load(path: Path = DATA, runtime: str = "qnn_dlc") -> Hub:
         model = (row["model_id"], row["component"])
         if model not in MODELS:
             missing[model] = missing.get(model, 0) + 1
+            continue
+        if MODELS[model].fitted != fitted:
             continue
         key = (model, row["precision"])
         if key not in found:

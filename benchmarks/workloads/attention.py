@@ -171,7 +171,7 @@ def rotary(net: Net, x: Value) -> Value:
     return net.add(net.mul(x), net.mul(turned))
 
 
-@workload("yolo_world", "text_encoder", "bert")
+@workload("yolo_world", "text_encoder", "bert", fitted=False)
 def _(net: Net) -> Value:
     """CLIP's text transformer for 80 names of 77 tokens, of which the last counts."""
     x = net.add(net.embedding(net.input(80, 77), 49408, 512))

@@ -81,13 +81,13 @@ def decoder(net: Net) -> tuple[Value, Value, Value]:
     return queries, net.reshape(masks, 1, 4, 256, 256), quality
 
 
-@workload("sam2", "decoder", "sam")
+@workload("sam2", "decoder", "sam", fitted=False)
 def _(net: Net) -> list[Value]:
     _, masks, quality = decoder(net)
     return [net.slice(masks, 0, 1), net.slice(quality, 0, 1, 2)]
 
 
-@workload("edgetam", "video_decoder", "sam")
+@workload("edgetam", "video_decoder", "sam", fitted=False)
 def _(net: Net) -> list[Value]:
     """Where the first mask is not stable, the best of the others."""
     queries, masks, quality = decoder(net)
@@ -116,7 +116,7 @@ def _(net: Net) -> list[Value]:
 # -------------------------------------------------------------------------------------------------------------- images
 
 
-@workload("edgetam", "encoder", "repvit")
+@workload("edgetam", "encoder", "repvit", fitted=False)
 def _(net: Net) -> list[Value]:
     """RepViT-M1 as it was trained, with a pyramid on its four stages."""
 
@@ -139,7 +139,7 @@ def _(net: Net) -> list[Value]:
     return [image, first, second, prompt(net), without]
 
 
-@workload("sam2", "encoder", "hiera")
+@workload("sam2", "encoder", "hiera", fitted=False)
 def _(net: Net) -> list[Value]:
     """Hiera-T: attention within windows, padded to whole ones, and over the whole map in three blocks; queries are
     pooled where a stage begins."""
@@ -198,7 +198,7 @@ def _(net: Net) -> list[Value]:
 # -------------------------------------------------------------------------------------------------------------- memory
 
 
-@workload("edgetam", "memory_encoder", "sam")
+@workload("edgetam", "memory_encoder", "sam", fitted=False)
 def _(net: Net) -> Value:
     """A mask and the image's features to 512 latents: 256 of the whole map and one per window of 4 x 4."""
 
