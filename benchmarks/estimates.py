@@ -381,6 +381,9 @@ def main() -> None:
     if options.details:
         details(since, later)
     calibrated, more = coverage(hub, one)
+    inside, weight = np.abs(later) <= np.log(calibrated), weights(since, since.rows)
+    share = float(100 * (weight * inside).sum() / weight.sum())
+    goals.append(Goal("Rebuilt since: inside the 80 % interval", share, " %", len(since.keys)))
     goals += spearman(hub, one) + faster(hub, one) + more
     widths, more = new_chip(hub)
     llm, llm_width, llm_goals = decoders()

@@ -63,8 +63,8 @@ def usable(row: dict[str, str], runtime: str = "qnn_dlc") -> bool:
 
 
 def load(path: Path = DATA, runtime: str = "qnn_dlc", fitted: bool = True) -> Hub:
-    """Every usable row whose model has a workload that is ``fitted`` (or not); ``missing``: the number of rows of models
-    without a workload."""
+    """Every usable row whose model has a workload that is ``fitted`` (or not); ``missing``: how many rows each model
+    without a workload has."""
     keys: list[Key] = []
     found: dict[Key, int] = {}
     missing: dict[tuple[str, str], int] = {}

@@ -121,6 +121,18 @@ def test_zeros_around_a_map_fold_into_the_convolution_after_them() -> None:
     assert pads("constant") == 0 < min(pads("reflect"), pads("constant", pooled=True))
 
 
+def test_a_batch_norm_of_its_own_is_one_layer_in_float_and_three_in_integers() -> None:
+    def layers(precision: str, convolved: bool = False) -> float:
+        net = Net("normed")
+        x = net.input(1, 64, 56, 56)
+        x = net.conv(x, 64, 3) if convolved else net.pool(x, 2, 2)
+        program = net.finish(net.batch_norm(x))
+        return works(program, PRECISIONS[precision])[-1].amounts.get("vector_op", 0)
+
+    assert [layers(name) for name in ("float", "w8a8", "w8a16")] == [1, 3, 3]
+    assert layers("w8a16", convolved=True) == 0
+
+
 def test_clamps_run_inside_the_convolution_before_them() -> None:
     def net(act: str | None) -> Program:
         net = Net("clamp")
