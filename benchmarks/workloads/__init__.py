@@ -16,21 +16,19 @@ from edgeforge.estimate.program import Program
 
 @dataclass(frozen=True)
 class Workload:
-    """``family``: models that share most of their structure (the unit of leave-one-family-out). ``fitted``: whether the
-    rates are fitted to it; else it only tests them."""
+    """``family``: models that share most of their structure (the unit of leave-one-family-out)."""
 
     model: str
     component: str
     family: str
     build: Callable[[], Program]
-    fitted: bool = True
 
 
 MODELS: dict[tuple[str, str], Workload] = {}
 
 
 def workload(
-    model: str, component: str, family: str, fitted: bool = True
+    model: str, component: str, family: str
 ) -> Callable[[Callable[[Net], Value | list[Value]]], Callable[[Net], Value | list[Value]]]:
     """Register a function that fills a `Net` and returns its output(s)."""
 
@@ -41,7 +39,7 @@ def workload(
             return net.finish(*(outputs if isinstance(outputs, list) else [outputs]))
 
         assert (model, component) not in MODELS, f"workload {model} {component} stands in two places"
-        MODELS[model, component] = Workload(model, component, family, build, fitted)
+        MODELS[model, component] = Workload(model, component, family, build)
         return fill
 
     return add

@@ -31,7 +31,15 @@ def patches(net: Net, x: Value, width: int, size: int, cls: int = 1, positions: 
 
 @workload("vit", "VIT", "vit")
 def _(net: Net) -> Value:
-    x = encoder(net, patches(net, net.picture(1, 3, 224, 224), 768, 16), 12, 12, 3072)
+    """Torchvision's: queries, keys and values are one projection, whose three parts are brought to the front."""
+    x = patches(net, net.picture(1, 3, 224, 224), 768, 16)
+    for _ in range(12):
+        y = net.reshape(net.linear(net.norm(x), 3 * 768), 1, 197, 3, 768)
+        y = net.transpose(y, 2, 1, 0, 3)
+        parts = [net.reshape(part, 1, 197, 768) for part in net.split(y, 3, 0)]
+        y = net.transpose(net.attend(*(net.heads(part, 12) for part in parts)), 0, 2, 1, 3)
+        x = net.add(x, net.linear(net.reshape(y, 1, 197, 768), 768))
+        x = net.add(x, net.mlp(net.norm(x), 3072))
     return net.linear(net.slice(net.norm(x), 0, 1), 1000)
 
 
@@ -153,10 +161,16 @@ def _(net: Net) -> Value:
 
 @workload("nomic_embed_text", "Nomic-Embed-Text", "bert")
 def _(net: Net) -> Value:
+    """Queries, keys and values are stacked again after two of them were rotated."""
+
+    def parts(x: Value) -> list[Value]:
+        return [net.reshape(part, 1, 128, 12, 64) for part in net.split(x, 3, 2)]
+
     x = net.norm(net.add(net.embedding(net.input(1, 128), 30528, 768)))
     for _ in range(12):
-        q, k, v = (net.heads(part, 12) for part in net.split(net.linear(x, 2304, bias=False), 3, -1))
-        q, k = rotary(net, q), rotary(net, k)
+        q, k, v = parts(net.reshape(net.linear(x, 2304, bias=False), 1, 128, 3, 12, 64))
+        stacked = [net.reshape(part, 1, 128, 1, 12, 64) for part in (rotary(net, q), rotary(net, k), v)]
+        q, k, v = (net.transpose(part, 0, 2, 1, 3) for part in parts(net.concat(stacked, 2)))
         y = net.reshape(net.transpose(net.attend(q, k, v, True), 0, 2, 1, 3), 1, 128, 768)
         x = net.norm(net.add(x, net.linear(y, 768, bias=False)))
         y = net.mul(net.linear(x, 3072, bias=False), net.linear(x, 3072, "silu", bias=False))
@@ -171,7 +185,7 @@ def rotary(net: Net, x: Value) -> Value:
     return net.add(net.mul(x), net.mul(turned))
 
 
-@workload("yolo_world", "text_encoder", "bert", fitted=False)
+@workload("yolo_world", "text_encoder", "bert")
 def _(net: Net) -> Value:
     """CLIP's text transformer for 80 names of 77 tokens, of which the last counts."""
     x = net.add(net.embedding(net.input(80, 77), 49408, 512))
@@ -206,7 +220,9 @@ def _(net: Net) -> Value:
 def swin(
     net: Net, width: int, depths: tuple[int, ...], heads: tuple[int, ...], window: int, second: bool, size: int = 224
 ) -> Value:
-    """Windows as a batch dimension; every other block rolls the map (a slice and a concat per axis)."""
+    """Windows as a batch dimension; every other block rolls the map (a slice and a concat per axis). Where maps
+    merge, and for queries, keys and values of the first version, linear layers are exported in parts of at most 512
+    channels."""
     x = net.conv(net.picture(1, 3, size, size), width, 4, 4, 0)
     side = x.shape[2]
     x = net.norm(net.tokens(x))
@@ -216,6 +232,21 @@ def swin(
             x = net.concat([net.slice(x, 3, x.shape[axis], axis), net.slice(x, 0, 3, axis)], axis)
         return x
 
+    def parted(x: Value, out: int, bias: bool = True) -> Value:
+        found, count = [], -(-x.shape[-1] // 512)
+        pieces = net.split(x, count, -1) if count > 1 else [x]
+        for start in range(0, out, 512):
+            width = min(512, out - start)
+            total = net.linear(pieces[0], width, bias=bias)
+            for piece in pieces[1:]:
+                total = net.add(total, net.linear(piece, width, bias=False))
+            found.append(total)
+        return net.concat(found, -1) if len(found) > 1 else found[0]
+
+    def unit(x: Value) -> Value:
+        length = net.act(net.reduce(net.mul(x, x), 3, "reduce_sum"), "sqrt")
+        return net.binary("div", x, net.act(length, "clip"))
+
     def block(x: Value, head: int, shift: bool) -> Value:
         c, came = x.shape[-1], x
         y = net.reshape(x if second else net.norm(x), 1, side, side, c)
@@ -223,10 +254,15 @@ def swin(
         count = side // window
         y = net.transpose(net.reshape(y, count, window, count, window, c), 0, 2, 1, 3, 4)
         y = net.reshape(y, count * count, window * window, c)
-        q, k, v = (net.heads(part, head) for part in net.split(net.linear(y, 3 * c), 3, -1))
-        if second:
-            q, k = net.norm(q, "l2_norm"), net.norm(k, "l2_norm")
-        a = net.attend(q, k, v, bias=True)
+        three = net.split(net.linear(y, 3 * c), 3, -1) if second else [parted(y, c) for _ in range(3)]
+        q, k, v = (net.heads(part, head) for part in three)
+        q, k = (unit(q), unit(k)) if second else (net.mul(q), k)
+        a = net.matmul(q, net.transpose(k, 0, 1, 3, 2))
+        a = net.add(net.mul(a) if second else a)
+        if shift:
+            flat = net.reshape(a, 1, count * count, head, window**4)
+            a = net.reshape(net.add(flat), *a.shape)
+        a = net.matmul(net.softmax(a), v)
         a = net.reshape(net.transpose(a, 0, 2, 1, 3), count * count, window * window, c)
         a = net.linear(a, c)
         a = net.transpose(net.reshape(a, count, count, window, window, c), 0, 2, 1, 3, 4)
@@ -244,7 +280,7 @@ def swin(
             y = net.emit("space_to_depth", [y], (1, side // 2, side // 2, 4 * c))
             side //= 2
             y = net.reshape(y, 1, side * side, 4 * c)
-            x = net.norm(net.linear(y, 2 * c, bias=False)) if second else net.linear(net.norm(y), 2 * c, bias=False)
+            x = net.norm(parted(y, 2 * c, False)) if second else parted(net.norm(y), 2 * c, False)
         for j in range(depth):
             x = block(x, head, bool(j % 2) and side > window)
     return net.linear(net.reduce(net.norm(x), 1), 1000)
@@ -460,19 +496,26 @@ def _(net: Net) -> Value:
 
 @workload("distil_whisper", "encoder", "whisper")
 def _(net: Net) -> list[Value]:
-    """distil-small.en: the encoder of whisper-small, and per decoder layer the cross-attention keys and values. Every
-    head has projections of its own, as the exporter splits them."""
+    """distil-small.en: the encoder of whisper-small, and per decoder layer the cross-attention keys and values. Linear
+    layers are 1 x 1 convolutions, and every head has projections of its own, as they are exported."""
 
     def head(x: Value) -> Value:
-        q, k, v = (net.linear(x, 64) for _ in range(3))
-        return net.attend(q, k, v, scale=False)
+        q, k, v = (net.conv(x, 64) for _ in range(3))
+        return net.attend(*(net.transpose(part, 0, 2, 3, 1) for part in (q, k, v)), scale=False)
+
+    def first(x: Value) -> Value:
+        return net.transpose(x, 0, 3, 1, 2)
+
+    def last(x: Value) -> Value:
+        return net.transpose(x, 0, 2, 3, 1)
 
     x = net.reshape(net.input(1, 80, 3000), 1, 80, 1, 3000)
     x = net.conv(net.conv(x, 768, (1, 3), 1, act="gelu"), 768, (1, 3), (1, 2), act="gelu")
-    x = net.add(net.tokens(x))
+    x = net.add(last(x))
     for _ in range(12):
-        y = net.norm(x)
-        x = net.add(x, net.linear(net.concat([head(y) for _ in range(12)], -1), 768))
-        x = net.add(x, net.mlp(net.norm(x), 3072))
-    x = net.norm(x)
-    return [net.concat([net.linear(x, 64) for _ in range(12)], 0) for _ in range(8)]
+        y = first(net.norm(x))
+        y = net.conv(first(net.concat([head(y) for _ in range(12)], -1)), 768)
+        x = net.add(x, last(y))
+        x = net.add(x, last(net.conv(net.conv(first(net.norm(x)), 3072, act="gelu"), 768)))
+    x = first(net.norm(x))
+    return [net.concat([net.conv(x, 64) for _ in range(12)], 0) for _ in range(8)]

@@ -432,19 +432,26 @@ def _(net: Net) -> Value:
 
 @workload("lama_dilated", "LaMa-Dilated", "inpaint")
 def _(net: Net) -> Value:
-    """The picture outside the mask, continued by mirror images; what is painted is put under the mask."""
+    """The picture outside the mask, continued by mirror images; what is painted is put under the mask. A quarter of
+    the channels each is convolved with a dilation of its own, and the sum taken."""
 
     def conv(x: Value, out: int, k: int, s: int = 1, d: int = 1, act: str | None = "relu") -> Value:
         return net.conv(mirrored(net, x, d * (k // 2)), out, k, s, 0, d=d, act=act)
+
+    def dilated(x: Value, act: str | None = "relu") -> Value:
+        parts = [conv(part, 512, 3, d=d, act=None) for part, d in zip(net.split(x, 4), (1, 2, 4, 8), strict=True)]
+        total = parts[0]
+        for part in parts[1:]:
+            total = net.add(total, part)
+        return net.act(net.batch_norm(total), act)
 
     image, mask = net.input(1, 3, 512, 512), net.input(1, 1, 512, 512)
     kept = net.mul(image, net.binary("sub", mask))
     x = conv(net.concat([kept, mask]), 64, 7)
     for out in (128, 256, 512):
         x = conv(x, out, 3, 2)
-    for i in range(9):
-        d = (1, 2, 4)[i % 3]
-        x = net.add(x, conv(conv(x, 512, 3, d=d), 512, 3, d=d, act=None))
+    for _ in range(9):
+        x = net.add(x, dilated(dilated(x), None))
     for out in (256, 128, 64):
         x = net.deconv(x, out, 3, 2, 1, "relu", 1)
     x = net.act(conv(x, 3, 7, act=None), "sigmoid")

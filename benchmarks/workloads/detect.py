@@ -161,19 +161,33 @@ def _(net: Net) -> list[Value]:
     heads = []
     for out in (1, 17, 34, 34):
         heads.append(net.conv(net.conv(net.dw(x, 3), 96, act="relu"), out))
-    center = net.reduce(net.reshape(net.mul(net.act(heads[0], "sigmoid")), 1, -1), 1, "argmax")
-    keypoints, regression, offsets = (net.transpose(head, 0, 2, 3, 1) for head in heads[1:])
-    picked = net.emit("gather", [net.reshape(regression, 2304, 34), center], (1, 1, 34))
+    maps = [net.transpose(net.reshape(head, *head.shape[1:]), 1, 2, 0) for head in heads]
+    confidence, regression, offsets = net.act(maps[1], "sigmoid"), maps[2], maps[3]
+    center = net.reshape(net.mul(net.act(maps[0], "sigmoid")), 1, -1, 1)
+
+    def place(scores: Value) -> list[Value]:
+        """Row and column of the best score."""
+        index = net.reduce(scores, 1, "argmax")
+        row = net.act(net.binary("div", index), "floor")
+        return [net.reshape(x, -1) for x in (row, net.binary("sub", index, net.mul(row)))]
+
+    def at(x: Value, where: list[Value], *shape: int) -> Value:
+        index = net.concat([net.reshape(part, -1, 1) for part in where], 1)
+        return net.emit("gather", [x, index], shape)
+
+    where = place(center)
+    picked = net.reshape(at(regression, where, 1, 34), 17, 2)
     squares = []
     for i in range(2):
-        at = net.reshape(net.add(net.slice(net.reshape(picked, 1, 17, 2), i, i + 1, 2), center), 1, 1, 1, 17)
-        away = net.emit("sub", [at], (1, 48, 48, 17))
+        guess = net.reshape(net.add(net.reshape(net.slice(picked, i, i + 1), 17), where[i]), 1, 1, 17)
+        away = net.emit("sub", [guess], (48, 48, 17))
         squares.append(net.mul(away, away))
     distance = net.add(net.act(net.add(*squares), "sqrt"))
-    scores = net.reshape(net.binary("div", net.act(keypoints, "sigmoid"), distance), 1, 2304, 17)
-    best = net.reduce(scores, 1, "argmax")
-    parts = [net.emit("gather", [net.reshape(x, 2304, -1), best], (1, 17, n)) for x, n in ((offsets, 2), (scores, 1))]
-    return [net.mul(net.concat(parts, 2))]
+    where = place(net.reshape(net.binary("div", confidence, distance), 1, 2304, 17))
+    place_of = net.concat([net.reshape(part, 17, 1) for part in where], 1)
+    shift = at(net.reshape(offsets, 48, 48, 17, 2), where, 17, 2)
+    sure = net.reshape(at(confidence, where, 17), 17, 1)
+    return [net.reshape(net.concat([net.mul(net.add(shift, place_of)), sure], 1), 1, 1, 17, 3)]
 
 
 @workload("resnet34_ssd1200", "ResNet34-SSD", "ssd")
@@ -192,4 +206,11 @@ def _(net: Net) -> list[Value]:
         s = 3 if i == 0 else 2 if i < 2 else 1
         boxes.append(net.reshape(net.conv(x, count * 4, 3, s), 1, 4, -1))
         scores.append(net.reshape(net.conv(x, count * 81, 3, s), 1, 81, -1))
-    return [net.concat(boxes, 2), net.softmax(net.concat(scores, 2), 1)]
+    deltas = net.transpose(net.concat(boxes, 2), 0, 2, 1)
+    centers = net.add(net.mul(net.mul(net.slice(deltas, 0, 2, -1))))
+    halves = net.mul(net.mul(net.act(net.mul(net.slice(deltas, 2, 4, -1)), "exp")))
+    corners = []
+    for op in ("sub", "add"):
+        for i in range(2):
+            corners.append(net.binary(op, net.slice(centers, i, i + 1, -1), net.slice(halves, i, i + 1, -1)))
+    return [net.concat(corners, -1), net.softmax(net.transpose(net.concat(scores, 2), 0, 2, 1))]

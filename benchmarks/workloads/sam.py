@@ -81,13 +81,13 @@ def decoder(net: Net) -> tuple[Value, Value, Value]:
     return queries, net.reshape(masks, 1, 4, 256, 256), quality
 
 
-@workload("sam2", "decoder", "sam", fitted=False)
+@workload("sam2", "decoder", "sam")
 def _(net: Net) -> list[Value]:
     _, masks, quality = decoder(net)
     return [net.slice(masks, 0, 1), net.slice(quality, 0, 1, 2)]
 
 
-@workload("edgetam", "video_decoder", "sam", fitted=False)
+@workload("edgetam", "video_decoder", "sam")
 def _(net: Net) -> list[Value]:
     """Where the first mask is not stable, the best of the others."""
     queries, masks, quality = decoder(net)
@@ -116,7 +116,7 @@ def _(net: Net) -> list[Value]:
 # -------------------------------------------------------------------------------------------------------------- images
 
 
-@workload("edgetam", "encoder", "repvit", fitted=False)
+@workload("edgetam", "encoder", "repvit")
 def _(net: Net) -> list[Value]:
     """RepViT-M1 as it was trained, with a pyramid on its four stages."""
 
@@ -139,7 +139,7 @@ def _(net: Net) -> list[Value]:
     return [image, first, second, prompt(net), without]
 
 
-@workload("sam2", "encoder", "hiera", fitted=False)
+@workload("sam2", "encoder", "hiera")
 def _(net: Net) -> list[Value]:
     """Hiera-T: attention within windows, padded to whole ones, and over the whole map in three blocks; queries are
     pooled where a stage begins."""
@@ -198,12 +198,15 @@ def _(net: Net) -> list[Value]:
 # -------------------------------------------------------------------------------------------------------------- memory
 
 
-@workload("edgetam", "memory_encoder", "sam", fitted=False)
+@workload("edgetam", "memory_encoder", "sam")
 def _(net: Net) -> Value:
     """A mask and the image's features to 512 latents: 256 of the whole map and one per window of 4 x 4."""
 
     def channel_norm(x: Value) -> Value:
-        return net.transpose(net.norm(net.transpose(x, 0, 2, 3, 1)), 0, 3, 1, 2)
+        """Written out, over the channels."""
+        centered = net.emit("sub", [x, net.reduce(x, 1)], x.shape)
+        variance = net.reduce(net.mul(centered, centered), 1)
+        return net.add(net.mul(net.binary("div", centered, net.act(net.add(variance), "sqrt"))))
 
     features, x = net.input(1, 256, 64, 64), net.add(net.mul(net.input(1, 1, 1024, 1024)))
     for out in (4, 16, 64, 256):

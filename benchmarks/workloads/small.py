@@ -128,7 +128,7 @@ def _(net: Net) -> list[Value]:
     return [net.act(flag, "sigmoid"), net.act(handed, "sigmoid"), net.mul(net.reshape(marks, 1, 21, 3))]
 
 
-@workload("mediapipe_hand_gesture", "canned_gesture_classifier", "gesture", fitted=False)
+@workload("mediapipe_hand_gesture", "canned_gesture_classifier", "gesture")
 def _(net: Net) -> Value:
     """A hand's landmarks and their mirror image through the same residual layers; norms precede the activations."""
 
@@ -201,7 +201,7 @@ def _(net: Net) -> Value:
     return net.slice(net.softmax(logit), 1, 2, -1)
 
 
-@workload("eyegaze", "EyeGaze", "eyegaze", fitted=False)
+@workload("eyegaze", "EyeGaze", "eyegaze")
 def _(net: Net) -> list[Value]:
     """EyeNet: three stacked hourglasses for 34 landmarks, and a branch for the direction."""
 

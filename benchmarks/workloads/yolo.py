@@ -227,7 +227,7 @@ def _(net: Net) -> list[Value]:
     return fastsam(net, 1.25, 1.0, 512)
 
 
-@workload("yoloe_seg", "YOLOE-Segmentation", "yolov8", fitted=False)
+@workload("yoloe_seg", "YOLOE-Segmentation", "yolov8")
 def _(net: Net) -> list[Value]:
     """YOLOE-v8-L: embeddings of 512 numbers against those of 80 names, which are constants."""
     y = Yolo(net)
@@ -241,7 +241,7 @@ def _(net: Net) -> list[Value]:
     return [*y.boxes(raw, likeness), masks, y.proto(levels[0], 256)]
 
 
-@workload("yolo_world", "detector", "yolov8", fitted=False)
+@workload("yolo_world", "detector", "yolov8")
 def _(net: Net) -> list[Value]:
     """YOLOv8s-World-v2: the image attends to the names' embeddings in the neck. Products with embeddings are
     multiplications that broadcast, and sums: the exporter avoids a matrix product."""
@@ -439,7 +439,7 @@ def squared(net: Net, xy: Value, wh: Value) -> list[Value]:
     return [net.mul(net.add(net.mul(xy))), net.mul(net.mul(double, double))]
 
 
-@workload("yolov5_face", "YoloV5-Face", "yolov5", fitted=False)
+@workload("yolov5_face", "YoloV5-Face", "yolov5")
 def _(net: Net) -> list[Value]:
     """YOLOv5n-face: a backbone of ShuffleNet-v2 blocks; five landmarks per face."""
     y = Yolo(net)
@@ -483,7 +483,7 @@ def _(net: Net) -> list[Value]:
     return [net.slice(z, 0, 4, -1), net.mul(certain, face), net.slice(z, 5, 15, -1)]
 
 
-@workload("yolor", "Yolo-R", "yolor", fitted=False)
+@workload("yolor", "Yolo-R", "yolor")
 def _(net: Net) -> list[Value]:
     """YOLOR-P6."""
     y = Yolo(net)
