@@ -14,8 +14,9 @@ import pytest
 from onnx import TensorProto, helper, save
 
 from benchmarks.decoders import DECODERS
+from benchmarks.measurements import DATA, converted_layers, rebuilt
 from benchmarks.workloads import MODELS
-from benchmarks.workloads.net import Net
+from benchmarks.workloads.net import Net, Value
 from edgeforge import cli
 from edgeforge.errors import InvalidInput
 from edgeforge.estimate.calibrate import Point, calibrate, read_points, write_latency
@@ -148,6 +149,59 @@ def test_means_over_overlapping_windows_are_slow_in_integers() -> None:
 
     assert ms(net(2, 1)) > 2 * ms(net(2, 2))
     assert ms(net(3, 1)) < ms(net(2, 1)) < ms(net(5, 1))
+
+
+def test_a_sum_takes_longer_than_a_mean(tmp_path: Path) -> None:
+    """The compiler makes a pooling of a mean; also of those that ONNX files hold."""
+
+    def reduced(op: str) -> str:
+        net = Net("reduced")
+        program = net.finish(net.reduce(net.linear(net.input(1, 4096, 256), 256), 1, op))
+        return max(works(program, PRECISIONS["float"])[-1].amounts.keys() & {"pool", "sum"})
+
+    assert (reduced("reduce_mean"), reduced("reduce_sum")) == ("pool", "sum")
+    for op in ("ReduceSum", "ReduceMean"):
+        ports = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4096, 256])]
+        ends = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 1, 256])]
+        axes = helper.make_tensor("axes", TensorProto.INT64, [1], [1])
+        graph = helper.make_graph([helper.make_node(op, ["x", "axes"], ["y"])], "g", ports, ends, [axes])
+        save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]), str(tmp_path / f"{op}.onnx"))
+    sums, means = (ms(from_onnx(tmp_path / f"{op}.onnx"), "float") for op in ("ReduceSum", "ReduceMean"))
+    assert sums > 1.2 * means
+
+
+def test_a_workload_counts_as_rebuilt_by_its_layers() -> None:
+    """Layers as the vendor's converter writes them: a silu is two, the slices of one value one, a linear layer of three
+    dimensions is reshaped after it, and what only moves the channels beside a convolution vanishes."""
+
+    def layers(fill) -> int:
+        net = Net("counted")
+        return converted_layers(net.finish(fill(net)))
+
+    def image(net: Net) -> Value:
+        return net.conv(net.input(1, 8, 16, 16), 64)
+
+    assert layers(image) == 1
+    assert layers(lambda net: net.act(image(net), "silu")) == 3
+    assert layers(lambda net: net.add(*net.split(image(net), 2))) == 3
+    assert layers(lambda net: net.linear(net.input(1, 9, 64), 64)) == 2
+    assert layers(lambda net: net.linear(net.input(9, 64), 64)) == 1
+    assert layers(lambda net: net.transpose(image(net), 0, 2, 3, 1)) == 1
+    assert layers(lambda net: net.transpose(image(net), 0, 1, 3, 2)) == 2
+
+
+@pytest.mark.skipif(not DATA.is_file(), reason="the measurements are absent")
+def test_a_workload_with_too_few_or_too_many_layers_is_in_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shallow() -> Program:
+        net = Net("resnet18")
+        return net.finish(net.conv(net.input(1, 3, 224, 224), 64, 7, 2))
+
+    key = ("resnet18", "ResNet18")
+    assert key in rebuilt()[0]
+    monkeypatch.setitem(MODELS, key, dataclasses.replace(MODELS[key], build=shallow))
+    programs, missing = rebuilt()
+    assert key not in programs
+    assert missing[key] == (1, 53)
 
 
 def test_a_product_of_activations_pays_for_its_operand() -> None:

@@ -34,7 +34,7 @@ OPS = {
     "HardSigmoid": "hardsigmoid", "Erf": "erf", "Exp": "exp", "Sqrt": "sqrt", "Pow": "pow", "Softplus": "softplus",
     "Elu": "elu", "Mish": "mish", "Abs": "add", "Log": "log", "Sin": "sin", "Cos": "cos",
     **dict.fromkeys(RESHAPES, "reshape"),
-    **dict.fromkeys(REDUCES, "reduce_mean"),
+    **dict.fromkeys(REDUCES, "reduce_mean"), "ReduceSum": "reduce_sum", "ReduceL2": "reduce_sum",
 }  # fmt: skip
 #: What may stand between a value and the factor or addend that is made of it: x * sigmoid(x), (x - mean(x)) / ...
 ELEMENTWISE = (

@@ -4,11 +4,12 @@ The terms and what they count (per inference):
     MAC terms, in million padded multiply-accumulates: conv, point, stem, dilated, grouped, depthwise, transposed,
         volume, dense, attend
     vector terms, in thousand padded elements: feed (read and written by MAC layers), add (and other arithmetic),
-        curve, softmax, norm, pool (and reductions), resize, exotic; window (additions of means over windows that
-        overlap, 3 x 3 excepted: the compiler has no fast kernel for them)
+        curve, softmax, norm, pool (and means and maxima), resize, exotic; window (additions of means over windows
+        that overlap, 3 x 3 excepted) and sum (elements that are summed): the compiler has no fast kernel for them, but
+        makes a pooling of a mean
     move terms, in thousand padded elements: copy, permute (also reshapes that change the depth)
-    io terms: input, output, in thousand elements of whole tiles; image (arithmetic on few channels before any
-        convolution), in thousand elements
+    io terms: input, output, in thousand elements of whole tiles; image (arithmetic on up to 4 channels: those of a
+        picture, mostly), in thousand elements
     overheads, in layers: mac_op, vector_op, move_op; batch_op (matrices of an activation product, each by the root of
         its second operand's size: it is rearranged as weights are); graph (1)
     DDR terms, in kB: weights, spill
@@ -24,7 +25,7 @@ from dataclasses import dataclass, field
 from edgeforge.estimate.program import Layer, Program, Shape
 
 MAC = ("conv", "point", "stem", "dilated", "grouped", "depthwise", "transposed", "volume", "dense", "attend")
-VECTOR = ("feed", "add", "curve", "softmax", "norm", "pool", "window", "resize", "exotic")
+VECTOR = ("feed", "add", "curve", "softmax", "norm", "pool", "window", "sum", "resize", "exotic")
 MOVE = ("copy", "permute")
 IO = ("input", "output", "image")
 OVERHEAD = ("graph", "mac_op", "vector_op", "move_op", "batch_op")
@@ -43,7 +44,7 @@ CLASSES = {
     "softmax": "softmax",
     "layer_norm": "norm", "rms_norm": "norm", "instance_norm": "norm", "group_norm": "norm", "channel_norm": "norm",
     "l2_norm": "norm", "max_pool": "pool", "avg_pool": "pool", "resize": "resize", "reduce_mean": "pool",
-    "reduce_sum": "pool", "reduce_max": "pool", "argmax": "pool", "roi_align": "exotic",
+    "reduce_sum": "sum", "reduce_max": "pool", "argmax": "pool", "roi_align": "exotic",
 }  # fmt: skip
 IMAGE_OPS = ("conv2d", "conv3d", "conv_transpose", "max_pool", "avg_pool", "resize", "roi_align")
 TILE_DEPTH, TILE_SIDE = 32, 8
@@ -129,7 +130,8 @@ class Layout:
             same = old == len(before) - 1 and before[-1] == shape[-1]
             return not same and math.prod(before) != max(before)
         else:
-            self.axis[layer.output] = min(old, last) if layer.op not in ("reduce_mean",) or old == 1 else last
+            reduced = layer.op in ("reduce_mean", "reduce_sum") and old != 1
+            self.axis[layer.output] = last if reduced else min(old, last)
         return False
 
 
@@ -214,7 +216,7 @@ def _amounts(layer: Layer, layout: Layout, moved: bool) -> tuple[str, dict[str, 
         return "vector_op", {"image": math.prod(shape) / 1e3}
     if layer.op == "div" and len(layer.inputs) == 1:
         term = "add"
-    amount = max(size, read) if term == "pool" else size
+    amount = max(size, read) if term in ("pool", "sum") else size
     if layer.op in ("max_pool", "avg_pool"):
         kernel, stride = layer.attrs.get("kernel", (1, 1)), layer.attrs.get("stride", (1, 1))
         window = math.prod(kernel)
