@@ -151,6 +151,16 @@ def test_means_over_overlapping_windows_are_slow_in_integers() -> None:
     assert ms(net(3, 1)) < ms(net(2, 1)) < ms(net(5, 1))
 
 
+def test_tiles_are_half_as_wide_at_16_bits() -> None:
+    def macs(precision: str, width: int) -> float:
+        net = Net("tiled")
+        program = net.finish(net.conv(net.input(1, 32, 8, width), 32))
+        return works(program, PRECISIONS[precision])[-1].amounts["point"] * 1e6 / (32 * 32 * 8)
+
+    assert [macs(name, 17) for name in ("float", "w8a8", "w8a16")] == [20, 24, 20]
+    assert macs("float", 1) == 1
+
+
 def test_a_sum_takes_longer_than_a_mean(tmp_path: Path) -> None:
     """The compiler makes a pooling of a mean; also of those that ONNX files hold."""
 

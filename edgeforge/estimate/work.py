@@ -48,6 +48,8 @@ CLASSES = {
 }  # fmt: skip
 IMAGE_OPS = ("conv2d", "conv3d", "conv_transpose", "max_pool", "avg_pool", "resize", "roi_align")
 TILE_DEPTH, TILE_SIDE = 32, 8
+#: A tile holds 2 kB: at 16 bits it is half as wide.
+TILE_WIDTH = {8: 8, 16: 4}
 #: Layers that the vendor's converter makes of a batch norm of its own in an integer graph (one in float).
 NORM_LAYERS = 3
 #: Elements of a second operand of an activation product that makes one unit of batch_op.
@@ -154,7 +156,8 @@ def works(program: Program, precision: Precision) -> list[Work]:
         out.append(work)
         if _fused(layer, made, readers, program):
             continue
-        kind, work.amounts = _amounts(layer, layout, moved)
+        bits = layer.bits or precision.activations
+        kind, work.amounts = _amounts(layer, layout, moved, TILE_WIDTH.get(bits, TILE_SIDE))
         if not kind:
             continue
         work.amounts[kind] = 1.0
@@ -163,7 +166,6 @@ def works(program: Program, precision: Precision) -> list[Work]:
         if layer.op != "gather":
             work.weight_bytes = layer.weights * (layer.weight_bits or precision.weights) / 8
         work.amounts["weights"] = work.weight_bytes / 1e3
-        bits = layer.bits or precision.activations
         work.moved_bytes = sum(layout.padded(name) for name in {*layer.inputs, layer.output}) * bits / 8
         if work.moved_bytes > VTCM_BYTES:
             work.amounts["spill"] = work.moved_bytes / 1e3
@@ -197,12 +199,12 @@ def _fused(layer: Layer, made: dict[str, Layer], readers: dict[str, list[Layer]]
     return alone and before.op in into
 
 
-def _amounts(layer: Layer, layout: Layout, moved: bool) -> tuple[str, dict[str, float]]:
+def _amounts(layer: Layer, layout: Layout, moved: bool, tile_width: int) -> tuple[str, dict[str, float]]:
     """The kind of overhead, and the terms of one layer."""
     shape, size = layout.shapes[layer.output], layout.padded(layer.output)
     read = sum(layout.padded(name) for name in layer.inputs)
     if layer.op in MAC_OPS:
-        found = {_mac_class(layer, shape): _padded_macs(layer, shape) / 1e6, "feed": (read + size) / 1e3}
+        found = {_mac_class(layer, shape): _padded_macs(layer, shape, tile_width) / 1e6, "feed": (read + size) / 1e3}
         if layer.op == "matmul":
             matrices = math.prod(shape[:-2])
             found["batch_op"] = matrices * math.sqrt(layout.padded(layer.inputs[-1]) / matrices / OPERAND)
@@ -247,8 +249,9 @@ def _mac_class(layer: Layer, shape: Shape) -> str:
     return "point" if math.prod(a["kernel"]) == 1 else "conv"
 
 
-def _padded_macs(layer: Layer, shape: Shape) -> float:
-    """Multiply-accumulates with channels padded to 32 and maps to 8 x 8 (of a single row or column: to 8)."""
+def _padded_macs(layer: Layer, shape: Shape, tile_width: int) -> float:
+    """Multiply-accumulates with channels padded to 32 and maps to whole tiles, 8 high (single rows and columns are not
+    padded)."""
     a = layer.attrs
     if layer.op in ("matmul", "linear"):
         rows = math.prod(shape[:-1])
@@ -259,7 +262,8 @@ def _padded_macs(layer: Layer, shape: Shape) -> float:
     window = math.prod(a["kernel"])
     if layer.op == "conv_transpose":
         return layer.macs / (shape[1] * a["fan_in"]) * up(shape[1], TILE_DEPTH) * up(a["fan_in"], TILE_DEPTH)
-    spatial = [up(n, TILE_SIDE) if n > 1 else 1 for n in shape[2:]]
+    sides = (*[TILE_SIDE] * (len(shape) - 3), tile_width)
+    spatial = [up(n, side) if n > 1 else 1 for n, side in zip(shape[2:], sides, strict=True)]
     if len(shape) == 5:
         spatial[0] = shape[2]
     area = shape[0] * math.prod(spatial)
