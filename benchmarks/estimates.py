@@ -37,12 +37,21 @@ class Goal:
     least: float = -np.inf
     most: float = np.inf
 
+    @property
+    def met(self) -> bool:
+        return self.least <= self.value <= self.most
+
     def row(self) -> list[str]:
         bounds = [
             f"{word} {bound:g}" for word, bound in (("least", self.least), ("most", self.most)) if np.isfinite(bound)
         ]
-        met = "yes" if self.least <= self.value <= self.most else "**no**"
-        return [self.name, f"{self.value:.3g}{self.unit}", ", ".join(bounds), str(self.n), met if bounds else "-"]
+        return [
+            self.name,
+            f"{self.value:.3g}{self.unit}",
+            ", ".join(bounds),
+            str(self.n),
+            "yes" if self.met else "**no**",
+        ]
 
 
 @dataclass(frozen=True)
@@ -376,7 +385,8 @@ def main() -> None:
     llm, llm_width, llm_goals = decoders()
     peak, peak_width, peak_goals = memory()
     goals += more + llm_goals + peak_goals
-    lines = markdown(goals)
+    unmet = [goal.name for goal in goals if not goal.met]
+    lines = [*markdown(goals), "", f"Goals not met ({len(unmet)} of {len(goals)}): {'; '.join(unmet) or 'none'}."]
     print("\n" + "\n".join(lines))
     if options.write:
         interval = {"calibrated": calibrated, **widths, "llm": llm_width, "memory": peak_width}
