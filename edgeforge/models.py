@@ -59,13 +59,16 @@ def embedded() -> list[str]:
 def load_model(name: str, traced: bool = True) -> Model:
     """Import ``name`` to a float graph (and the encodings it carries).
 
-    name: an embedded model (or its folder), a path to .onnx or .pt2, a folder (or hub repository) with a Hugging Face
-    language model, a llama2.c .bin, or ``package.module:callable`` that returns (nn.Module, example inputs).
+    name: an embedded model (or its folder, if that is no Hugging Face one), a path to .onnx or .pt2, a folder (or hub
+    repository) with a Hugging Face language model, a llama2.c .bin, or ``package.module:callable`` that returns
+    (nn.Module, example inputs).
     traced: whether a language model's decode step is wanted as a graph (else that is empty).
     Raises InvalidInput or Unsupported."""
+    if name in embedded():
+        return _embedded(name)
     path = Path(name)
-    if path.name in embedded() and (name == path.name or path.resolve().parent == folder("models").resolve()):
-        return _embedded(path.name)
+    if path.is_dir() and not (path / "config.json").is_file() and path.resolve().parent == folder("models").resolve():
+        return _embedded(path.resolve().name)
     if path.suffix == ".onnx":
         from edgeforge.frontend.onnx import from_onnx
 

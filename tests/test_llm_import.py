@@ -248,6 +248,12 @@ def test_a_longer_context_than_the_model_has_is_refused(llama):
         from_folder(llama, "m").decoder(65)
 
 
+def test_the_folder_of_an_embedded_model_is_a_language_model_where_it_has_a_config():
+    assert load_model(str(TINYLM), traced=False).language is not None
+    assert load_model("tinylm").language is None
+    assert load_model(str(TINYLM.parent / "digits")).name == "digits"
+
+
 def test_the_embedded_model_reads_as_a_hugging_face_folder():
     """The fixed-window module of models/tinylm is the other implementation."""
     from edgeforge.pipeline import load
