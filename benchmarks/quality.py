@@ -68,6 +68,7 @@ ABLATION = {
     "end to end": [ALL, END_TO_END],
 }
 MOBILEQUANT = "end to end, 600 steps of 8"
+#: The recipes that are chosen: for 16-bit activations, for 8-bit ones, and where the model is too small for either.
 WIDE, NARROW = "rotate + smooth + gptq", "rotate + smooth + widen + gptq, mse"
 LEARNED = "smooth + rotate + smooth + widen + learned weights, mse"
 #: Method -> recipe lines.
@@ -273,7 +274,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         "model in percent, mean over draws of the calibration text ± standard error. `paper`: the protocol of",
         "MobileQuant's authors, where embedding, rotary embedding, residual sums, softmax and head stay in float;",
         "`integer`: nothing does. `stress`: seed of planted outliers, - for the model as it is. `seconds` of one core,",
-        "and peak memory, for quantizing.",
+        "and peak memory, for quantizing. Each model's recipes were chosen on stories that are in no figure here.",
         "",
         "## Bars",
         "",

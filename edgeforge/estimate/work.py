@@ -48,7 +48,8 @@ CLASSES = {
 }  # fmt: skip
 IMAGE_OPS = ("conv2d", "conv3d", "conv_transpose", "max_pool", "avg_pool", "resize", "roi_align")
 TILE_DEPTH, TILE_SIDE = 32, 8
-#: A tile holds 2 kB: at 16 bits it is half as wide.
+#: A tile is 8 x 8 x 32 bytes (`8h8w32c` in Apache TVM's layouts for Hexagon); at 16 bits it is taken to be half as
+#: wide, which fits the measurements better.
 TILE_WIDTH = {8: 8, 16: 4}
 #: Layers that the vendor's converter makes of a batch norm of its own in an integer graph (one in float).
 NORM_LAYERS = 3
