@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from edgeforge.ir.graph import Graph, Node
 from edgeforge.ir.types import RANGE, TensorType
@@ -114,7 +115,7 @@ def column_codes(weight: np.ndarray, scale: np.ndarray, moment: np.ndarray, top:
     """Codes in -top..top, int8 [K, G, P, D], of K weights (or scales) at once; ``weight`` and ``scale`` broadcast to
     that. moment: positive definite, [G, D, D]."""
     order = np.argsort(-np.einsum("gdd->gd", moment), 1, kind="stable")
-    upper = np.linalg.cholesky(np.linalg.inv(_sorted(moment, order))).swapaxes(1, 2)
+    upper = _inverse_factor(_sorted(moment, order))
     shape = np.broadcast_shapes(weight.shape, scale.shape)
     weights, scales = (np.broadcast_to(x, shape) for x in (weight, scale))
     found = np.empty(shape, np.int8)
@@ -124,6 +125,13 @@ def column_codes(weight: np.ndarray, scale: np.ndarray, moment: np.ndarray, top:
         for g, places in enumerate(order):
             found[:, g, rows, places] = codes[:, g].swapaxes(0, 1)
     return found
+
+
+def _inverse_factor(moment: np.ndarray) -> np.ndarray:
+    """U of moment^-1 = U^T U, [G, D, D], without that inverse: read backwards, moment = L L^T, and U is L^-1."""
+    lower = torch.linalg.cholesky(torch.from_numpy(np.ascontiguousarray(moment[:, ::-1, ::-1])))
+    one = torch.eye(len(lower[0]), dtype=lower.dtype)
+    return torch.linalg.solve_triangular(lower, one, upper=False).flip(1, 2).numpy()
 
 
 def _sorted(moment: np.ndarray, order: np.ndarray) -> np.ndarray:
