@@ -47,6 +47,7 @@ HEAVY = {
         "dialects/pt2e",
         "sim/",
         "quantize/correct",
+        "quantize/gptq",
         "quantize/layerwise",
         "quantize/adaround",
         "compress/",
