@@ -1,17 +1,18 @@
 """Work of each layer as an NPU runs it: fused, padded to its tiles, split into terms that the latency model prices.
 
 The terms and what they count (per inference):
-    MAC terms, in million padded multiply-accumulates: conv, point, stem, dilated, grouped, depthwise, transposed,
-        volume, dense, attend
-    vector terms, in thousand padded elements: feed (read and written by MAC layers), add (and other arithmetic),
-        curve, softmax, norm, pool (and means and maxima), resize, exotic; window (additions of means over windows
-        that overlap, 3 x 3 excepted) and sum (elements that are summed): the compiler has no fast kernel for them, but
-        makes a pooling of a mean
+    MAC terms, in million padded multiply-accumulates: conv, point, line (1 x 1 on a map of one row), stem, dilated,
+        grouped, depthwise, transposed, volume, dense, ragged (dense, on sequences that do not fill their tiles), attend
+    vector terms, in thousand padded elements: feed (read and written by MAC layers), add (and other arithmetic of two
+        values), scale (arithmetic with a constant and clamps that nothing fuses: a pass of their own), curve, softmax,
+        norm, pool (and means and maxima), resize, exotic; window (additions of means over windows that overlap, 3 x 3
+        excepted) and sum (elements that are summed): the compiler has no fast kernel for them, but makes a pooling of
+        a mean
     move terms, in thousand padded elements: copy, permute (also reshapes that change the depth)
     io terms: input, output, in thousand elements of whole tiles; image (arithmetic on up to 4 channels: those of a
         picture, mostly), in thousand elements
-    overheads, in layers: mac_op, vector_op, move_op; batch_op (matrices of an activation product, each by the root of
-        its second operand's size: it is rearranged as weights are); graph (1)
+    overheads, in layers: mac_op, vector_op, move_op, sum_op (sums); batch_op (matrices of an activation product, each
+        by the root of its second operand's size: it is rearranged as weights are); graph (1)
     DDR terms, in kB: weights, spill
 """
 
@@ -24,11 +25,14 @@ from dataclasses import dataclass, field
 
 from edgeforge.estimate.program import Layer, Program, Shape
 
-MAC = ("conv", "point", "stem", "dilated", "grouped", "depthwise", "transposed", "volume", "dense", "attend")
-VECTOR = ("feed", "add", "curve", "softmax", "norm", "pool", "window", "sum", "resize", "exotic")
+MAC = (
+    "conv", "point", "line", "stem", "dilated", "grouped", "depthwise", "transposed", "volume", "dense", "ragged",
+    "attend",
+)  # fmt: skip
+VECTOR = ("feed", "add", "scale", "curve", "softmax", "norm", "pool", "window", "sum", "resize", "exotic")
 MOVE = ("copy", "permute")
 IO = ("input", "output", "image")
-OVERHEAD = ("graph", "mac_op", "vector_op", "move_op", "batch_op")
+OVERHEAD = ("graph", "mac_op", "vector_op", "move_op", "sum_op", "batch_op")
 DDR = ("weights", "spill")
 TERMS = (*MAC, *VECTOR, *MOVE, *IO, *OVERHEAD, *DDR)
 #: What a chip's own factors apply to.
@@ -51,6 +55,8 @@ TILE_DEPTH, TILE_SIDE = 32, 8
 #: A tile is 8 x 8 x 32 bytes (`8h8w32c` in Apache TVM's layouts for Hexagon); at 16 bits it is taken to be half as
 #: wide, which fits the measurements better.
 TILE_WIDTH = {8: 8, 16: 4}
+#: A sequence that is no multiple of this (49, 197) does not fill its tiles.
+ROWS = 4
 #: Layers that the vendor's converter makes of a batch norm of its own in an integer graph (one in float).
 NORM_LAYERS = 3
 #: Elements of a second operand of an activation product that makes one unit of batch_op.
@@ -217,8 +223,8 @@ def _amounts(layer: Layer, layout: Layout, moved: bool, tile_width: int) -> tupl
     term = CLASSES.get(layer.op, "curve")
     if layer.op in ("add", "sub", "mul") and len(shape) >= 4 and shape[1] <= 4 and layout.axis[layer.output] == 1:
         return "vector_op", {"image": math.prod(shape) / 1e3}
-    if layer.op == "div" and len(layer.inputs) == 1:
-        term = "add"
+    if len(layer.inputs) == 1 and (term == "add" or layer.op == "div"):
+        term = "scale"
     amount = max(size, read) if term in ("pool", "sum") else size
     if layer.op in ("max_pool", "avg_pool"):
         kernel, stride = layer.attrs.get("kernel", (1, 1)), layer.attrs.get("stride", (1, 1))
@@ -226,7 +232,7 @@ def _amounts(layer: Layer, layout: Layout, moved: bool, tile_width: int) -> tupl
         amount = size * min(window, 25) / 4 + read / 2
         if layer.op == "avg_pool" and max(kernel) > max(stride) and max(kernel) != 3:
             term, amount = "window", size * window
-    return "vector_op", {term: amount / 1e3}
+    return "sum_op" if term == "sum" else "vector_op", {term: amount / 1e3}
 
 
 def _mac_class(layer: Layer, shape: Shape) -> str:
@@ -234,7 +240,7 @@ def _mac_class(layer: Layer, shape: Shape) -> str:
     if layer.op == "matmul":
         return "attend"
     if layer.op == "linear":
-        return "dense"
+        return "ragged" if len(shape) > 1 and shape[-2] > 1 and shape[-2] % ROWS else "dense"
     if layer.op == "conv_transpose":
         return "transposed"
     if math.prod(shape[2:]) == 1:
@@ -247,7 +253,9 @@ def _mac_class(layer: Layer, shape: Shape) -> str:
         return "dilated"
     if a["fan_in"] <= 4:
         return "stem"
-    return "point" if math.prod(a["kernel"]) == 1 else "conv"
+    if math.prod(a["kernel"]) == 1:
+        return "line" if math.prod(shape[2:-1]) == 1 else "point"
+    return "conv"
 
 
 def _padded_macs(layer: Layer, shape: Shape, tile_width: int) -> float:
