@@ -7,6 +7,7 @@ import json
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -229,21 +230,28 @@ def test_a_product_of_activations_pays_for_its_operand() -> None:
     assert units(256) == pytest.approx(2 * units(64))
 
 
-def test_sequences_and_rows_that_do_not_fill_tiles_and_passes_of_their_own_are_priced_apart() -> None:
-    def terms(build: Callable[[Net], Value]) -> set[str]:
-        net = Net("one")
-        program = net.finish(build(net))
-        return {term for work in works(program, PRECISIONS["w8a8"]) for term in work.amounts}
+def amounts_of(build: Callable[[Net], Value]) -> Counter[str]:
+    net = Net("one")
+    total: Counter[str] = Counter()
+    for work in works(net.finish(build(net)), PRECISIONS["w8a8"]):
+        total.update(work.amounts)
+    return total
 
-    assert "dense" in terms(lambda net: net.linear(net.input(1, 196, 64), 64))
-    assert "ragged" in terms(lambda net: net.linear(net.input(1, 197, 64), 64))
-    assert "ragged" not in terms(lambda net: net.linear(net.input(1, 64), 10))
-    assert "point" in terms(lambda net: net.conv(net.input(1, 64, 8, 8), 64))
-    assert "line" in terms(lambda net: net.conv(net.input(1, 64, 1, 64), 64))
-    assert "add" in terms(lambda net: net.add(net.input(1, 64, 8, 8), net.input(1, 64, 8, 8)))
-    assert "scale" in terms(lambda net: net.mul(net.input(1, 64, 8, 8)))
-    assert "scale" not in terms(lambda net: net.mul(net.conv(net.input(1, 64, 8, 8), 64)))
-    assert "sum_op" in terms(lambda net: net.reduce(net.input(1, 64, 8, 8), 1, "reduce_sum"))
+
+def test_sequences_and_rows_that_do_not_fill_tiles_cost_more() -> None:
+    def dense(rows: int) -> float:
+        return amounts_of(lambda net: net.linear(net.input(1, rows, 64), 64))["dense"] / rows
+
+    assert dense(197) == pytest.approx(1.75 * dense(196))
+    one, eight = (amounts_of(lambda net, h=h: net.conv(net.input(1, 64, h, 64), 64))["point"] for h in (1, 8))
+    assert one == pytest.approx(2.5 * eight / 8)
+
+
+def test_a_pass_with_a_constant_and_a_sum_are_priced_apart_from_additions_of_two_values() -> None:
+    assert "scale" not in amounts_of(lambda net: net.add(net.input(1, 64, 8, 8), net.input(1, 64, 8, 8)))
+    assert "scale" in amounts_of(lambda net: net.mul(net.input(1, 64, 8, 8)))
+    assert "scale" not in amounts_of(lambda net: net.mul(net.conv(net.input(1, 64, 8, 8), 64)))
+    assert "sum_op" in amounts_of(lambda net: net.reduce(net.input(1, 64, 8, 8), 1, "reduce_sum"))
 
 
 def test_the_nodes_sum_to_the_whole_and_say_what_binds_them() -> None:

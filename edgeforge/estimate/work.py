@@ -1,8 +1,8 @@
 """Work of each layer as an NPU runs it: fused, padded to its tiles, split into terms that the latency model prices.
 
 The terms and what they count (per inference):
-    MAC terms, in million padded multiply-accumulates: conv, point, line (1 x 1 on a map of one row), stem, dilated,
-        grouped, depthwise, transposed, volume, dense, ragged (dense, on sequences that do not fill their tiles), attend
+    MAC terms, in million padded multiply-accumulates: conv, point, stem, dilated, grouped, depthwise, transposed,
+        volume, dense, attend
     vector terms, in thousand padded elements: feed (read and written by MAC layers), add (and other arithmetic of two
         values), scale (arithmetic with a constant and clamps that nothing fuses: a pass of their own), curve, softmax,
         norm, pool (and means and maxima), resize, exotic; window (additions of means over windows that overlap, 3 x 3
@@ -25,10 +25,7 @@ from dataclasses import dataclass, field
 
 from edgeforge.estimate.program import Layer, Program, Shape
 
-MAC = (
-    "conv", "point", "line", "stem", "dilated", "grouped", "depthwise", "transposed", "volume", "dense", "ragged",
-    "attend",
-)  # fmt: skip
+MAC = ("conv", "point", "stem", "dilated", "grouped", "depthwise", "transposed", "volume", "dense", "attend")
 VECTOR = ("feed", "add", "scale", "curve", "softmax", "norm", "pool", "window", "sum", "resize", "exotic")
 MOVE = ("copy", "permute")
 IO = ("input", "output", "image")
@@ -55,8 +52,9 @@ TILE_DEPTH, TILE_SIDE = 32, 8
 #: A tile is 8 x 8 x 32 bytes (`8h8w32c` in Apache TVM's layouts for Hexagon); at 16 bits it is taken to be half as
 #: wide, which fits the measurements better.
 TILE_WIDTH = {8: 8, 16: 4}
-#: A sequence that is no multiple of this (49, 197) does not fill its tiles.
-ROWS = 4
+#: What fills its tiles badly: a linear layer of a sequence that is no multiple of 4 (49, 197), a 1 x 1 convolution of a
+#: map of one row. Times its multiply-accumulates, by the evidence of the fit.
+RAGGED, ONE_ROW = 1.75, 2.5
 #: Layers that the vendor's converter makes of a batch norm of its own in an integer graph (one in float).
 NORM_LAYERS = 3
 #: Elements of a second operand of an activation product that makes one unit of batch_op.
@@ -240,7 +238,7 @@ def _mac_class(layer: Layer, shape: Shape) -> str:
     if layer.op == "matmul":
         return "attend"
     if layer.op == "linear":
-        return "ragged" if len(shape) > 1 and shape[-2] > 1 and shape[-2] % ROWS else "dense"
+        return "dense"
     if layer.op == "conv_transpose":
         return "transposed"
     if math.prod(shape[2:]) == 1:
@@ -253,9 +251,7 @@ def _mac_class(layer: Layer, shape: Shape) -> str:
         return "dilated"
     if a["fan_in"] <= 4:
         return "stem"
-    if math.prod(a["kernel"]) == 1:
-        return "line" if math.prod(shape[2:-1]) == 1 else "point"
-    return "conv"
+    return "point" if math.prod(a["kernel"]) == 1 else "conv"
 
 
 def _padded_macs(layer: Layer, shape: Shape, tile_width: int) -> float:
@@ -263,9 +259,11 @@ def _padded_macs(layer: Layer, shape: Shape, tile_width: int) -> float:
     padded)."""
     a = layer.attrs
     if layer.op in ("matmul", "linear"):
-        rows = math.prod(shape[:-1])
+        rows = float(math.prod(shape[:-1]))
         if layer.op == "matmul":
             rows = math.prod(shape[:-2]) * up(shape[-2], TILE_SIDE)
+        elif len(shape) > 1 and shape[-2] > 1 and shape[-2] % 4:
+            rows *= RAGGED
         return rows * up(shape[-1], TILE_DEPTH) * up(a["fan_in"], TILE_DEPTH)
     groups = a["groups"]
     window = math.prod(a["kernel"])
@@ -281,6 +279,8 @@ def _padded_macs(layer: Layer, shape: Shape, tile_width: int) -> float:
         return area * window * up(shape[1], TILE_DEPTH)
     if groups > 1:
         return area * window * up(shape[1], TILE_DEPTH) * up(a["fan_in"], TILE_DEPTH)
+    if window == 1 and math.prod(shape[2:-1]) == 1 < shape[-1]:
+        area *= ONE_ROW
     fan_in = up(a["fan_in"], 4) if a["fan_in"] <= 4 else up(a["fan_in"], TILE_DEPTH)
     return area * window * up(shape[1], TILE_DEPTH) * fan_in
 
