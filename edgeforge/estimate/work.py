@@ -298,7 +298,7 @@ def _padded_macs(layer: Layer, shape: Shape, tile_width: int, least: int) -> flo
 
 
 #: Weights that are fetched ahead of the layers that need them, kB: time is counted in stretches of this much traffic.
-AHEAD = 6000.0
+AHEAD = 3000.0
 
 
 def stretches(found: Sequence[Work]) -> list[Sequence[Work]]:
