@@ -7,6 +7,8 @@ import json
 import resource
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,8 @@ from edgeforge.estimate.calibrate import Point, calibrate, read_points, write_la
 from edgeforge.estimate.decoder import read_config
 from edgeforge.estimate.energy import UNCERTAINTY, energy
 from edgeforge.estimate.estimate import Elsewhere, Estimate, Range, estimate_decoder, estimate_program
+from edgeforge.estimate.fit import CHIP_KEYS, Samples, chip_rates, fit_chip, predict, start_rates
+from edgeforge.estimate.memory import amounts as memory_amounts
 from edgeforge.estimate.memory import arena_bytes
 from edgeforge.estimate.program import Program
 from edgeforge.estimate.sketch import from_onnx
@@ -226,6 +230,70 @@ def test_a_product_of_activations_pays_for_its_operand() -> None:
 
     assert units(64) == pytest.approx(12 * 2**0.5)
     assert units(256) == pytest.approx(2 * units(64))
+
+
+def amounts_of(build: Callable[[Net], Value]) -> Counter[str]:
+    net = Net("one")
+    total: Counter[str] = Counter()
+    for work in works(net.finish(build(net)), PRECISIONS["w8a8"]):
+        total.update(work.amounts)
+    return total
+
+
+def test_sequences_and_rows_that_do_not_fill_tiles_cost_more() -> None:
+    def dense(rows: int) -> float:
+        return amounts_of(lambda net: net.linear(net.input(1, rows, 64), 64))["dense"] / rows
+
+    assert dense(197) == pytest.approx(1.75 * dense(196))
+    one, eight = (amounts_of(lambda net, h=h: net.conv(net.input(1, 64, h, 64), 64))["point"] for h in (1, 8))
+    assert one == pytest.approx(2.5 * eight / 8)
+
+
+def test_an_integer_convolution_makes_at_least_64_channels() -> None:
+    def macs(precision: str, channels: int) -> float:
+        net = Net("one")
+        found = works(net.finish(net.conv(net.input(1, 64, 8, 8), channels, 3)), PRECISIONS[precision])
+        return found[0].amounts["conv"]
+
+    assert macs("w8a8", 16) == macs("w8a8", 64) < macs("w8a8", 96) < macs("w8a8", 128)
+    assert 2 * macs("float", 16) == macs("float", 64)
+
+
+def test_the_offset_of_a_gray_picture_is_one_number_in_an_integer_graph() -> None:
+    assert "image" in amounts_of(lambda net: net.picture(1, 3, 64, 64))
+    assert "image" not in amounts_of(lambda net: net.picture(1, 1, 64, 64))
+    assert "scale" in amounts_of(lambda net: net.picture(1, 1, 64, 64))
+
+
+def test_a_layer_that_does_not_fit_on_the_chip_maps_a_heap_once() -> None:
+    def spills(side: int, layers: int) -> float:
+        net = Net("one")
+        x = net.input(1, 64, side, side)
+        for _ in range(layers):
+            x = net.conv(x, 64, 3)
+        return memory_amounts(net.finish(x), PRECISIONS["w8a8"])["spills"]
+
+    assert (spills(128, 3), spills(512, 1), spills(512, 3)) == (0, 1, 1)
+
+
+def test_a_chip_unlike_the_others_is_fitted_to_all_its_measurements() -> None:
+    """Six times slower MACs: at first most workloads lie far beyond the scale of the robust weights."""
+    keys = [
+        key for key in list(MODELS)[::2] if MODELS[key].family in ("resnet", "ffnet", "unet", "mobilenet", "yolov8")
+    ]
+    samples = Samples.of([(MODELS[key].build(), PRECISIONS["w8a8"]) for key in keys])
+    slow = np.array([np.log(6.0) * (key == ("group", "compute")) for key in CHIP_KEYS])
+    truth = predict(samples, chip_rates(start_rates(), slow, samples.precision))[0]
+    found = fit_chip(samples, truth, start_rates(), np.zeros(len(CHIP_KEYS)), steps=12)
+    error = predict(samples, chip_rates(start_rates(), found, samples.precision))[0] - truth
+    assert np.abs(error).max() < 0.1
+
+
+def test_a_pass_with_a_constant_and_a_sum_are_priced_apart_from_additions_of_two_values() -> None:
+    assert "scale" not in amounts_of(lambda net: net.add(net.input(1, 64, 8, 8), net.input(1, 64, 8, 8)))
+    assert "scale" in amounts_of(lambda net: net.mul(net.input(1, 64, 8, 8)))
+    assert "scale" not in amounts_of(lambda net: net.mul(net.conv(net.input(1, 64, 8, 8), 64)))
+    assert "sum_op" in amounts_of(lambda net: net.reduce(net.input(1, 64, 8, 8), 1, "reduce_sum"))
 
 
 def test_the_nodes_sum_to_the_whole_and_say_what_binds_them() -> None:

@@ -21,10 +21,10 @@ Array = np.ndarray
 #: Where rates start: microseconds per million MACs, thousand elements, layer, matrix and kB; a 2023 phone NPU at w8a16.
 START = {
     "conv": 0.07, "point": 0.1, "stem": 0.6, "dilated": 0.14, "grouped": 0.1, "depthwise": 1.5, "transposed": 0.07,
-    "volume": 0.15, "dense": 0.1, "attend": 0.12, "feed": 0.0015, "add": 0.005, "curve": 0.012, "softmax": 0.025,
-    "norm": 0.1, "pool": 0.005, "window": 0.1, "sum": 0.05, "resize": 0.008, "exotic": 0.03, "copy": 0.004,
-    "permute": 0.01, "input": 0.1, "output": 0.03, "image": 0.2, "graph": 60.0, "mac_op": 1.0, "vector_op": 1.0,
-    "move_op": 1.0, "batch_op": 0.3, "weights": 0.018, "spill": 0.012,
+    "volume": 0.15, "dense": 0.1, "attend": 0.12, "feed": 0.0015, "load": 0.004, "add": 0.005, "scale": 0.012,
+    "curve": 0.012, "softmax": 0.025, "norm": 0.1, "pool": 0.005, "window": 0.1, "sum": 0.05, "resize": 0.008,
+    "exotic": 0.03, "copy": 0.004, "permute": 0.01, "input": 0.1, "output": 0.03, "image": 0.2, "graph": 60.0,
+    "mac_op": 1.0, "vector_op": 1.0, "move_op": 1.0, "sum_op": 20.0, "batch_op": 0.3, "weights": 0.018, "spill": 0.012,
 }  # fmt: skip
 #: Log of the ratio to these where another precision starts.
 SHIFT = {
@@ -34,21 +34,23 @@ SHIFT = {
     "w8a8": {
         "conv": -0.7, "point": -0.6, "dilated": -0.7, "grouped": -0.3, "stem": -0.3, "dense": -0.2, "curve": -0.5,
         "input": -0.5, "output": -0.5,
-        **dict.fromkeys((*MOVE, "feed", "add", "pool", "resize"), -0.6),
+        **dict.fromkeys((*MOVE, "feed", "load", "add", "scale", "pool", "resize"), -0.6),
     },
     "w8a16": {},
 }  # fmt: skip
 #: Standard deviation of the priors (log): of all rates, of a precision's deviation; tighter where physics says more.
-WIDE, DEVIATION = 0.5, 0.5
+#: WIDE and `CAUCHY` are where the evidence of the fit is largest.
+WIDE, DEVIATION = 0.7, 0.5
 TIGHT = {"graph": 0.6, "mac_op": 0.6, "vector_op": 0.6, "move_op": 0.6, "weights": 0.6, "spill": 0.6, "input": 0.6,
-         "dilated": 0.4, "window": 3.0, "sum": 3.0}  # fmt: skip
+         "dilated": 0.4, "batch_op": 2.0, "window": 3.0, "sum": 3.0}  # fmt: skip
 #: Traffic and fixed costs hardly depend on the precision once its bytes are counted.
 TIGHT_DEVIATION = {
-    "graph": 0.2, "mac_op": 0.3, "vector_op": 0.3, "move_op": 0.3, "batch_op": 0.5, "weights": 0.2, "spill": 0.2,
-    "input": 0.5, "dilated": 0.25, "window": 3.0,
-    **dict.fromkeys((*MOVE, "add", "pool", "sum", "resize"), 0.4),
+    "graph": 0.2, "mac_op": 0.3, "vector_op": 0.3, "move_op": 0.3, "sum_op": 0.5, "weights": 0.2,
+    "spill": 0.2, "input": 0.5, "dilated": 0.25, "window": 3.0,
+    **dict.fromkeys((*MOVE, "add", "scale", "pool", "sum", "resize"), 0.4),
 }  # fmt: skip
-CAUCHY = 0.1
+#: Errors far beyond the first (log) hardly count; a fit begins with the second and comes down step by step.
+CAUCHY, BROAD = 0.07, 0.5
 #: Weight of the measurements of one (workload, precision) against the priors.
 TRUST = 2.0
 CHIP_SPREAD = {"all": 1.0, "group": 0.2, "compute": 0.25, "vector": 0.25, "term": 0.25}
@@ -114,7 +116,7 @@ def _prior() -> Array:
 def fit_base(samples: Samples, log_us: Array, steps: int = 40) -> Array:
     """Parameters of the rates of all precisions: Gauss-Newton, with weights that become robust step by step."""
     k, n = len(TERMS), len(log_us)
-    theta, scale, certainty = np.zeros((1 + len(NAMES), k)), 0.5, np.diag(1 / _prior() ** 2)
+    theta, scale, certainty = np.zeros((1 + len(NAMES), k)), BROAD, np.diag(1 / _prior() ** 2)
     for _ in range(steps):
         predicted, share = predict(samples, base_rates(theta)[samples.precision])
         error = log_us - predicted
@@ -164,19 +166,21 @@ def fit_chip(
     center: Array | None = None, certainty: Array | None = None,
 ) -> Array:  # fmt: skip
     """Log factors of one chip from log_us [n], less what the base is known to get wrong about each sample.
-    scale: errors far beyond it hardly count. center, certainty: mean and inverse covariance of the prior (default:
-    zero, `CHIP_PRIOR`)."""
+    scale: errors far beyond it hardly count, at first those far beyond `BROAD`: else a chip unlike the others would be
+    fitted to the few workloads that it runs as they do. center, certainty: mean and inverse covariance of the prior
+    (default: zero, `CHIP_PRIOR`)."""
     center = np.zeros(len(CHIP_KEYS)) if center is None else center
     certainty = np.diag(1 / CHIP_PRIOR**2) if certainty is None else certainty
-    chip = start.copy()
+    chip, width = start.copy(), BROAD
     for _ in range(steps):
         predicted, share = predict(samples, chip_rates(base, chip, samples.precision))
         error = log_us - predicted
         jacobian = np.einsum("nt,nkt->nk", share, APPLIES[samples.precision])
-        step = _step(jacobian, error, _cauchy(error, scale) / scale**2, chip - center, certainty)
+        step = _step(jacobian, error, _cauchy(error, width) / scale**2, chip - center, certainty)
         chip += np.clip(step, -0.7, 0.7)
-        if np.abs(step).max() < 1e-3:
+        if width == scale and np.abs(step).max() < 1e-3:
             break
+        width = max(scale, 0.7 * width)
     return chip
 
 
@@ -231,7 +235,7 @@ class Measured:
 
 def fit_all(samples: Samples, rows: Measured, chips: Mapping[str, Array] | None = None, rounds: int = 3) -> Fit:
     """Both levels in turn. Samples without rows do not take part. chips: factors of a fit to more rows, where this one
-    starts (and then one round is enough). Rates always start from the priors: what is held out leaves no trace."""
+    starts (and then fewer rounds are enough). Rates always start from the priors: what is held out leaves no trace."""
     names = sorted(set(rows.chip))
     used = np.unique(rows.sample)
     picked = samples.pick(used)
@@ -244,7 +248,7 @@ def fit_all(samples: Samples, rows: Measured, chips: Mapping[str, Array] | None 
         for name in names:
             mine = rows.pick(rows.chip == name)
             rest = mine.log_us - residual[mine.sample]
-            found[name] = fit_chip(samples.pick(mine.sample), rest, base, found[name], steps=4)
+            found[name] = fit_chip(samples.pick(mine.sample), rest, base, found[name], steps=12)
         relative = _relative(samples, rows, base, found)
     return Fit(theta, found, relative - predict(samples, base[samples.precision])[0])
 

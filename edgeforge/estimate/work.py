@@ -3,15 +3,16 @@
 The terms and what they count (per inference):
     MAC terms, in million padded multiply-accumulates: conv, point, stem, dilated, grouped, depthwise, transposed,
         volume, dense, attend
-    vector terms, in thousand padded elements: feed (read and written by MAC layers), add (and other arithmetic),
-        curve, softmax, norm, pool (and means and maxima), resize, exotic; window (additions of means over windows
-        that overlap, 3 x 3 excepted) and sum (elements that are summed): the compiler has no fast kernel for them, but
-        makes a pooling of a mean
+    vector terms, in thousand padded elements: feed (read and written by MAC layers), load (weights of convolutions,
+        into the array of multipliers), add (and other arithmetic of two values), scale (arithmetic with a constant and
+        clamps that nothing fuses: a pass of their own), curve, softmax, norm, pool (and means and maxima), resize,
+        exotic; window (additions of means over windows that overlap, 3 x 3 excepted) and sum (elements that are
+        summed): the compiler has no fast kernel for them, but makes a pooling of a mean
     move terms, in thousand padded elements: copy, permute (also reshapes that change the depth)
     io terms: input, output, in thousand elements of whole tiles; image (arithmetic on up to 4 channels: those of a
         picture, mostly), in thousand elements
-    overheads, in layers: mac_op, vector_op, move_op; batch_op (matrices of an activation product, each by the root of
-        its second operand's size: it is rearranged as weights are); graph (1)
+    overheads, in layers: mac_op, vector_op, move_op, sum_op (sums); batch_op (matrices of an activation product, each
+        by the root of its second operand's size: it is rearranged as weights are); graph (1)
     DDR terms, in kB: weights, spill
 """
 
@@ -25,10 +26,10 @@ from dataclasses import dataclass, field
 from edgeforge.estimate.program import Layer, Program, Shape
 
 MAC = ("conv", "point", "stem", "dilated", "grouped", "depthwise", "transposed", "volume", "dense", "attend")
-VECTOR = ("feed", "add", "curve", "softmax", "norm", "pool", "window", "sum", "resize", "exotic")
+VECTOR = ("feed", "load", "add", "scale", "curve", "softmax", "norm", "pool", "window", "sum", "resize", "exotic")
 MOVE = ("copy", "permute")
 IO = ("input", "output", "image")
-OVERHEAD = ("graph", "mac_op", "vector_op", "move_op", "batch_op")
+OVERHEAD = ("graph", "mac_op", "vector_op", "move_op", "sum_op", "batch_op")
 DDR = ("weights", "spill")
 TERMS = (*MAC, *VECTOR, *MOVE, *IO, *OVERHEAD, *DDR)
 #: What a chip's own factors apply to.
@@ -51,6 +52,13 @@ TILE_DEPTH, TILE_SIDE = 32, 8
 #: A tile is 8 x 8 x 32 bytes (`8h8w32c` in Apache TVM's layouts for Hexagon); at 16 bits it is taken to be half as
 #: wide, which fits the measurements better.
 TILE_WIDTH = {8: 8, 16: 4}
+#: Channels that a convolution of more than 1 x 1 makes at least in an integer graph, by the evidence of the fit.
+DEEP = 64
+#: Convolutions whose weights are loaded into the array of multipliers, which counts on small maps.
+LOADED = ("conv", "point", "stem", "dilated", "volume")
+#: What fills its tiles badly: a linear layer of a sequence that is no multiple of 4 (49, 197), a 1 x 1 convolution of a
+#: map of one row. Times its multiply-accumulates, by the evidence of the fit.
+RAGGED, ONE_ROW = 1.75, 2.5
 #: Layers that the vendor's converter makes of a batch norm of its own in an integer graph (one in float).
 NORM_LAYERS = 3
 #: Elements of a second operand of an activation product that makes one unit of batch_op.
@@ -158,7 +166,8 @@ def works(program: Program, precision: Precision) -> list[Work]:
         if _fused(layer, made, readers, program):
             continue
         bits = layer.bits or precision.activations
-        kind, work.amounts = _amounts(layer, layout, moved, TILE_WIDTH.get(bits, TILE_SIDE))
+        encoded = layer.bits is not None or precision.name != "float"
+        kind, work.amounts = _amounts(layer, layout, moved, TILE_WIDTH.get(bits, TILE_SIDE), encoded)
         if not kind:
             continue
         work.amounts[kind] = 1.0
@@ -200,12 +209,18 @@ def _fused(layer: Layer, made: dict[str, Layer], readers: dict[str, list[Layer]]
     return alone and before.op in into
 
 
-def _amounts(layer: Layer, layout: Layout, moved: bool, tile_width: int) -> tuple[str, dict[str, float]]:
-    """The kind of overhead, and the terms of one layer."""
+def _amounts(layer: Layer, layout: Layout, moved: bool, tile_width: int, encoded: bool) -> tuple[str, dict[str, float]]:
+    """The kind of overhead, and the terms of one layer. encoded: its values are integers. Those of a gray picture are
+    then shifted and scaled as one number, not by channel: a pass like any other."""
     shape, size = layout.shapes[layer.output], layout.padded(layer.output)
     read = sum(layout.padded(name) for name in layer.inputs)
     if layer.op in MAC_OPS:
-        found = {_mac_class(layer, shape): _padded_macs(layer, shape, tile_width) / 1e6, "feed": (read + size) / 1e3}
+        kind = _mac_class(layer, shape)
+        least = DEEP if encoded and kind == "conv" else 0
+        found = {kind: _padded_macs(layer, shape, tile_width, least) / 1e6, "feed": (read + size) / 1e3}
+        if kind in LOADED:
+            window, fan_in = math.prod(layer.attrs["kernel"]), layer.attrs["fan_in"]
+            found["load"] = window * max(up(shape[1], TILE_DEPTH), least) * up(fan_in, TILE_DEPTH) / 1e3
         if layer.op == "matmul":
             matrices = math.prod(shape[:-2])
             found["batch_op"] = matrices * math.sqrt(layout.padded(layer.inputs[-1]) / matrices / OPERAND)
@@ -216,9 +231,10 @@ def _amounts(layer: Layer, layout: Layout, moved: bool, tile_width: int) -> tupl
         return "move_op", {"copy": size / 1e3}
     term = CLASSES.get(layer.op, "curve")
     if layer.op in ("add", "sub", "mul") and len(shape) >= 4 and shape[1] <= 4 and layout.axis[layer.output] == 1:
-        return "vector_op", {"image": math.prod(shape) / 1e3}
-    if layer.op == "div" and len(layer.inputs) == 1:
-        term = "add"
+        gray = encoded and shape[1] == 1 and len(layer.inputs) == 1
+        return "vector_op", {"scale" if gray else "image": math.prod(shape) / 1e3}
+    if len(layer.inputs) == 1 and (term == "add" or layer.op == "div"):
+        term = "scale"
     amount = max(size, read) if term in ("pool", "sum") else size
     if layer.op in ("max_pool", "avg_pool"):
         kernel, stride = layer.attrs.get("kernel", (1, 1)), layer.attrs.get("stride", (1, 1))
@@ -226,7 +242,7 @@ def _amounts(layer: Layer, layout: Layout, moved: bool, tile_width: int) -> tupl
         amount = size * min(window, 25) / 4 + read / 2
         if layer.op == "avg_pool" and max(kernel) > max(stride) and max(kernel) != 3:
             term, amount = "window", size * window
-    return "vector_op", {term: amount / 1e3}
+    return "sum_op" if term == "sum" else "vector_op", {term: amount / 1e3}
 
 
 def _mac_class(layer: Layer, shape: Shape) -> str:
@@ -250,14 +266,16 @@ def _mac_class(layer: Layer, shape: Shape) -> str:
     return "point" if math.prod(a["kernel"]) == 1 else "conv"
 
 
-def _padded_macs(layer: Layer, shape: Shape, tile_width: int) -> float:
-    """Multiply-accumulates with channels padded to 32 and maps to whole tiles, 8 high (single rows and columns are not
-    padded)."""
+def _padded_macs(layer: Layer, shape: Shape, tile_width: int, least: int) -> float:
+    """Multiply-accumulates with channels padded to 32 (at least ``least`` made ones) and maps to whole tiles, 8 high
+    (single rows and columns are not padded)."""
     a = layer.attrs
     if layer.op in ("matmul", "linear"):
-        rows = math.prod(shape[:-1])
+        rows = float(math.prod(shape[:-1]))
         if layer.op == "matmul":
             rows = math.prod(shape[:-2]) * up(shape[-2], TILE_SIDE)
+        elif len(shape) > 1 and shape[-2] > 1 and shape[-2] % 4:
+            rows *= RAGGED
         return rows * up(shape[-1], TILE_DEPTH) * up(a["fan_in"], TILE_DEPTH)
     groups = a["groups"]
     window = math.prod(a["kernel"])
@@ -273,12 +291,14 @@ def _padded_macs(layer: Layer, shape: Shape, tile_width: int) -> float:
         return area * window * up(shape[1], TILE_DEPTH)
     if groups > 1:
         return area * window * up(shape[1], TILE_DEPTH) * up(a["fan_in"], TILE_DEPTH)
+    if window == 1 and math.prod(shape[2:-1]) == 1 < shape[-1]:
+        area *= ONE_ROW
     fan_in = up(a["fan_in"], 4) if a["fan_in"] <= 4 else up(a["fan_in"], TILE_DEPTH)
-    return area * window * up(shape[1], TILE_DEPTH) * fan_in
+    return area * window * max(up(shape[1], TILE_DEPTH), least) * fan_in
 
 
 #: Weights that are fetched ahead of the layers that need them, kB: time is counted in stretches of this much traffic.
-AHEAD = 6000.0
+AHEAD = 3000.0
 
 
 def stretches(found: Sequence[Work]) -> list[Sequence[Work]]:
