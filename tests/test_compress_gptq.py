@@ -11,7 +11,7 @@ from edgeforge.ir.types import RANGE
 from edgeforge.quantize.assign import assign
 from edgeforge.quantize.calibrate import calibrate
 from edgeforge.quantize.convert import convert
-from edgeforge.quantize.gptq import gptq, round_columns
+from edgeforge.quantize.gptq import factored, gptq, round_columns
 from edgeforge.quantize.weights import quantize_weight
 from edgeforge.recipe import Recipe
 from edgeforge.sim.evaluate import dequantize_outputs, quantize_feeds, run_float, simulate
@@ -27,7 +27,7 @@ def test_correlated_inputs_let_columns_make_up_for_each_other(block_size):
     x = rng.normal(size=(400, 6)) @ rng.normal(size=(6, 32)) + 0.1 * rng.normal(size=(400, 32))
     weight = rng.normal(size=(24, 32)).astype(np.float32)
     plain = quantize_weight("w", weight, "i4", block_size, "minmax")
-    made = round_columns(weight, plain.type, (x.T @ x)[None])
+    made = round_columns(weight, plain.type, factored((x.T @ x)[None]))
     codes = plain.type.q.quantize(made, "i4")
     np.testing.assert_array_equal(plain.type.q.dequantize(codes), made)
     assert np.abs(codes).max() <= RANGE["i4"][1]
@@ -39,7 +39,7 @@ def test_independent_inputs_change_no_code():
     weight = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
     plain = quantize_weight("w", weight, "i8", None, "minmax")
     np.testing.assert_array_equal(
-        round_columns(weight, plain.type, np.eye(16)[None]), plain.type.q.dequantize(plain.data)
+        round_columns(weight, plain.type, factored(np.eye(16)[None])), plain.type.q.dequantize(plain.data)
     )
 
 

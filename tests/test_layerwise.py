@@ -18,7 +18,7 @@ from edgeforge.models import Model
 from edgeforge.passes import optimize
 from edgeforge.pipeline import quantize
 from edgeforge.quantize import adaround, gptaq, seqmse
-from edgeforge.quantize.gptq import column_codes
+from edgeforge.quantize.gptq import column_codes, factored
 from edgeforge.quantize.layerwise import Layer, patches
 from edgeforge.recipe import Recipe
 from edgeforge.sim.evaluate import dequantize_outputs, quantize_feeds, run_float, simulate
@@ -149,7 +149,8 @@ def test_columns_in_strides_are_the_columns_one_by_one(monkeypatch):
     x = rng.normal(size=(2, 200, 12))
     moment = x.swapaxes(1, 2) @ x
     weight, scale = rng.normal(size=(1, 2, 5, 12)), np.full((3, 2, 5, 1), 0.2) * np.arange(1, 4).reshape(3, 1, 1, 1)
-    whole = column_codes(weight, scale, moment, 7)
+    factor = factored(moment)
+    whole = column_codes(weight, scale, factor, 7)
     monkeypatch.setattr("edgeforge.quantize.gptq.STRIDE", 5)
-    np.testing.assert_array_equal(column_codes(weight, scale, moment, 7), whole)
+    np.testing.assert_array_equal(column_codes(weight, scale, factor, 7), whole)
     assert whole.shape == (3, 2, 5, 12)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from edgeforge.ir.types import TensorType
-from edgeforge.quantize.gptq import column_codes
+from edgeforge.quantize.gptq import column_codes, factored
 from edgeforge.quantize.layerwise import Layer
 
 #: d, as a share of the mean variance of the input: few samples must not decide alone.
@@ -28,11 +28,12 @@ def choose(layer: Layer) -> tuple[np.ndarray, TensorType]:
     damping = level[:, None, None] * np.eye(moment.shape[1])
     moment, cross = moment + damping, cross + damping
     wanted = np.linalg.solve(moment, (layer.weight @ cross).swapaxes(1, 2)).swapaxes(1, 2)
+    factor = factored(moment)
     best, least = np.zeros(layer.bias.shape), np.full(layer.bias.shape, np.inf)
     weight = np.empty_like(wanted)
     for share in SHARES:
         scale = layer.scaled(share)[1]
-        found = column_codes(wanted[None], scale[None], moment, layer.top)[0] * scale
+        found = column_codes(wanted[None], scale[None], factor, layer.top)[0] * scale
         error = np.einsum("gpd,gpd->gp", (found - wanted) @ moment, found - wanted)
         better = error < least
         weight[better], best[better], least[better] = found[better], share, error[better]

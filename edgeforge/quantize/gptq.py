@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,12 +48,13 @@ def gptq(graph: Graph, plan: Plan, batches: Iterable[Mapping[str, np.ndarray]], 
     kinds: dict[str, TensorType] = {}
     for nodes in _together(graph):
         moments = _moments(graph, nodes, batches)
+        factors = {place: factored(_damped(moments.pop(place))) for place in list(moments)}
         for node in nodes:
             data = graph.values[node.inputs[1]].data
             assert data is not None
             known = plan.constants.get(node.inputs[1])
             kinds[node.output] = kind = known or first_encoding(graph, plan, node, scales)[0]
-            rounded[node.output, 1] = round_columns(data, kind, moments[_place(node)])
+            rounded[node.output, 1] = round_columns(data, kind, factors[_place(node)])
     graph = with_constants(graph, rounded)
     made = graph.producers()
     constants = {made[output].inputs[1]: kind for output, kind in kinds.items()}
@@ -99,43 +101,53 @@ def _moments(graph: Graph, nodes: list[Node], batches: Iterable[Mapping[str, np.
     return found
 
 
-def round_columns(weight: np.ndarray, kind: TensorType, moment: np.ndarray) -> np.ndarray:
-    """float32 [O, ...] on the grid of ``kind``. moment: X^T X, [G, D, D] for G groups of output channels."""
-    assert kind.q is not None
-    damped = moment.copy()
-    diagonal = np.einsum("gdd->gd", damped)
+def _damped(moment: np.ndarray) -> np.ndarray:
+    """In place."""
+    diagonal = np.einsum("gdd->gd", moment)
     diagonal += np.maximum(DAMPING * diagonal.mean(1, keepdims=True), 1e-12)
-    w = weight.reshape(len(moment), -1, moment.shape[1])
+    return moment
+
+
+class Factor(NamedTuple):
+    """Of moments, for each of G groups: ``order`` of columns [G, D], and U of the ordered inverse, [G, D, D]."""
+
+    order: np.ndarray
+    upper: np.ndarray
+
+
+def factored(moment: np.ndarray) -> Factor:
+    """moment: X^T X, positive definite, float64 [G, D, D]. Its inverse is not needed: with rows and columns in
+    reversed order, moment = L L^T, and U is L^-1 in reversed order."""
+    order = np.argsort(-np.einsum("gdd->gd", moment), 1, kind="stable")
+    upper = np.empty_like(moment)
+    for square, places, made in zip(moment, order[:, ::-1], upper, strict=True):
+        lower = torch.linalg.cholesky(torch.from_numpy(square[np.ix_(places, places)]))
+        one = torch.eye(len(places), dtype=lower.dtype)
+        made[:] = torch.linalg.solve_triangular(lower, one, upper=False).numpy()[::-1, ::-1]
+    return Factor(order, upper)
+
+
+def round_columns(weight: np.ndarray, kind: TensorType, factor: Factor) -> np.ndarray:
+    """float32 [O, ...] on the grid of ``kind``. factor: of X^T X for each group of output channels."""
+    assert kind.q is not None
+    w = weight.reshape(len(factor.order), -1, factor.order.shape[1])
     scale = np.broadcast_to(kind.q.broadcast(weight.shape), weight.shape).reshape(w.shape)
-    codes = column_codes(w[None], scale[None], damped, RANGE[kind.dtype][1])
+    codes = column_codes(w[None], scale[None], factor, RANGE[kind.dtype][1])
     return kind.q.dequantize(codes.reshape(weight.shape))
 
 
-def column_codes(weight: np.ndarray, scale: np.ndarray, moment: np.ndarray, top: int) -> np.ndarray:
+def column_codes(weight: np.ndarray, scale: np.ndarray, factor: Factor, top: int) -> np.ndarray:
     """Codes in -top..top, int8 [K, G, P, D], of K weights (or scales) at once; ``weight`` and ``scale`` broadcast to
-    that. moment: positive definite, [G, D, D]."""
-    order = np.argsort(-np.einsum("gdd->gd", moment), 1, kind="stable")
-    upper = _inverse_factor(_sorted(moment, order))
+    that."""
     shape = np.broadcast_shapes(weight.shape, scale.shape)
     weights, scales = (np.broadcast_to(x, shape) for x in (weight, scale))
     found = np.empty(shape, np.int8)
     for first in range(0, shape[2], ROWS):
         rows = slice(first, first + ROWS)
-        codes = _codes(*(_columns(x[:, :, rows], order) for x in (weights, scales)), upper, top)
-        for g, places in enumerate(order):
+        codes = _codes(*(_columns(x[:, :, rows], factor.order) for x in (weights, scales)), factor.upper, top)
+        for g, places in enumerate(factor.order):
             found[:, g, rows, places] = codes[:, g].swapaxes(0, 1)
     return found
-
-
-def _inverse_factor(moment: np.ndarray) -> np.ndarray:
-    """U of moment^-1 = U^T U, [G, D, D], without that inverse: read backwards, moment = L L^T, and U is L^-1."""
-    lower = torch.linalg.cholesky(torch.from_numpy(np.ascontiguousarray(moment[:, ::-1, ::-1])))
-    one = torch.eye(len(lower[0]), dtype=lower.dtype)
-    return torch.linalg.solve_triangular(lower, one, upper=False).flip(1, 2).numpy()
-
-
-def _sorted(moment: np.ndarray, order: np.ndarray) -> np.ndarray:
-    return np.stack([square[np.ix_(places, places)] for square, places in zip(moment, order, strict=True)])
 
 
 def _columns(x: np.ndarray, order: np.ndarray) -> np.ndarray:
