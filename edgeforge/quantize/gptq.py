@@ -44,7 +44,7 @@ def gptq(graph: Graph, plan: Plan, batches: Iterable[Mapping[str, np.ndarray]], 
 
     scales: "minmax" or "mse" (of channels; blocks have one rule), where ``plan`` gives none. A weight that several
     layers share is left alone."""
-    rounded: dict[tuple[str, int], np.ndarray] = {}
+    codes: dict[str, np.ndarray] = {}
     kinds: dict[str, TensorType] = {}
     for nodes in _together(graph):
         moments = _moments(graph, nodes, batches)
@@ -54,7 +54,11 @@ def gptq(graph: Graph, plan: Plan, batches: Iterable[Mapping[str, np.ndarray]], 
             assert data is not None
             known = plan.constants.get(node.inputs[1])
             kinds[node.output] = kind = known or first_encoding(graph, plan, node, scales)[0]
-            rounded[node.output, 1] = round_columns(data, kind, factors[_place(node)])
+            codes[node.output] = round_columns(data, kind, factors[_place(node)])
+    rounded: dict[tuple[str, int], np.ndarray] = {}
+    for output, kind in kinds.items():
+        assert kind.q is not None
+        rounded[output, 1] = kind.q.dequantize(codes.pop(output))
     graph = with_constants(graph, rounded)
     made = graph.producers()
     constants = {made[output].inputs[1]: kind for output, kind in kinds.items()}
@@ -128,12 +132,11 @@ def factored(moment: np.ndarray) -> Factor:
 
 
 def round_columns(weight: np.ndarray, kind: TensorType, factor: Factor) -> np.ndarray:
-    """float32 [O, ...] on the grid of ``kind``. factor: of X^T X for each group of output channels."""
+    """Codes of ``kind``, int8 [O, ...]. factor: of X^T X for each group of output channels."""
     assert kind.q is not None
     w = weight.reshape(len(factor.order), -1, factor.order.shape[1])
     scale = np.broadcast_to(kind.q.broadcast(weight.shape), weight.shape).reshape(w.shape)
-    codes = column_codes(w[None], scale[None], factor, RANGE[kind.dtype][1])
-    return kind.q.dequantize(codes.reshape(weight.shape))
+    return column_codes(w[None], scale[None], factor, RANGE[kind.dtype][1]).reshape(weight.shape)
 
 
 def column_codes(weight: np.ndarray, scale: np.ndarray, factor: Factor, top: int) -> np.ndarray:
