@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +10,16 @@ import pytest
 import torch
 from torch import nn
 
-from edgeforge.data import from_arrays
+from edgeforge.data import Dataset, from_arrays
 from edgeforge.frontend import Imported
 from edgeforge.frontend.torch import from_module
 from edgeforge.ir.graph import Graph
 from edgeforge.ir.types import QParams, TensorType
 from edgeforge.models import Model
 from edgeforge.passes import optimize
-from edgeforge.pipeline import quantize
-from edgeforge.quantize import adaround, gptaq, seqmse
+from edgeforge.pipeline import quantize, ranges_of
+from edgeforge.quantize import adaround, gptaq, layerwise, seqmse
+from edgeforge.quantize.assign import assign, bits
 from edgeforge.quantize.gptq import column_codes, factored
 from edgeforge.quantize.layerwise import Layer, patches
 from edgeforge.recipe import Recipe
@@ -58,6 +60,21 @@ def images(count: int, seed: int) -> np.ndarray:
     """Smooth: neighboring pixels are alike."""
     coarse = np.random.default_rng(seed).normal(size=(count, 3, 4, 4))
     return np.kron(coarse, np.ones((1, 1, 3, 3))).astype(np.float32)
+
+
+def test_views_come_behind_the_images_and_are_parts_of_them():
+    x = images(3, 0).repeat(4, 2).repeat(4, 3)
+    data = Dataset("images", 3, lambda i: {"x": x[i : i + 1], "size": np.ones((1, 2), np.float32)}, np.arange(3))
+    found = data.with_views(4).stacked()
+    assert found["x"].shape == (12, 3, 48, 48) and found["size"].shape == (12, 2)
+    np.testing.assert_array_equal(found["x"][:3], x)
+    np.testing.assert_array_equal(found["x"], data.with_views(4).stacked()["x"])
+    assert data.with_views(1).stacked()["x"].shape == x.shape
+    for view, image in zip(found["x"][3:], np.tile(x, (3, 1, 1, 1)), strict=True):
+        assert not np.array_equal(view, image)
+        assert image.min() - 1e-5 <= view.min() and view.max() <= image.max() + 1e-5
+    flat = Dataset("flat", 1, lambda i: {"x": np.full((1, 3, 20, 30), 0.5, np.float32)}).with_views(20)
+    np.testing.assert_allclose(flat.stacked()["x"], 0.5, rtol=1e-6)
 
 
 def outputs(weights: str) -> tuple[np.ndarray, np.ndarray]:
@@ -133,7 +150,7 @@ def test_a_choice_lies_on_its_grid_and_errs_less_than_nearest_rounding(method, b
     if block is not None:
         channel = kind.q.scale.max(1, keepdims=True) / (layer.kind.q.scale.max(1, keepdims=True))
         np.testing.assert_allclose(kind.q.scale, layer.kind.q.scale * channel, rtol=1e-6)
-    nearest = seqmse.nearest(layer, layer.scaled(1.0)[1])
+    nearest = seqmse.nearest(layer.weight, layer.scaled(1.0)[1], layer.top)
     assert error(layer, weight).sum() < error(layer, nearest).sum()
 
 
@@ -141,7 +158,7 @@ def test_seqmse_finds_the_best_of_its_shares():
     layer = one_layer(samples=2000)
     found = error(layer, seqmse.choose(layer)[0])
     for share in seqmse.SHARES:
-        assert (found <= error(layer, seqmse.nearest(layer, layer.scaled(share)[1])) * 1.0001).all()
+        assert (found <= error(layer, seqmse.nearest(layer.weight, layer.scaled(share)[1], layer.top)) * 1.0001).all()
 
 
 def test_columns_in_strides_are_the_columns_one_by_one(monkeypatch):
@@ -154,3 +171,53 @@ def test_columns_in_strides_are_the_columns_one_by_one(monkeypatch):
     monkeypatch.setattr("edgeforge.quantize.gptq.STRIDE", 5)
     np.testing.assert_array_equal(column_codes(weight, scale, factor, 7), whole)
     assert whole.shape == (3, 2, 5, 12)
+
+
+def clamped(layer: Layer, weight: np.ndarray, shift: np.ndarray) -> float:
+    """Squared error of a layer's output behind its clamp."""
+    assert layer.clamp is not None
+    wanted = layer.exact @ layer.weight.swapaxes(1, 2) + layer.bias
+    found = layer.rounded @ weight.swapaxes(1, 2) + layer.bias + shift
+    return float(np.square(wanted.clip(*layer.clamp) - found.clip(*layer.clamp)).mean())
+
+
+def test_a_choice_minds_the_rows_that_pass_the_clamp():
+    layer = one_layer(samples=4000, outputs=30)
+    most = np.quantile(layer.exact @ layer.weight.swapaxes(1, 2), 0.8, 1).astype(np.float32)
+    layer = replace(layer, bias=-most, clamp=(0.0, 6.0), rounded=layer.exact)
+    every = replace(layer, clamp=None)
+    blind, seeing = gptaq.choose(every)[0], gptaq.choose(layer)[0]
+    assert clamped(layer, seeing, layer.shift(seeing)) < 0.9 * clamped(layer, blind, every.shift(blind))
+
+
+def test_rows_that_pass_are_those_within_the_clamp_and_a_little_beyond(monkeypatch):
+    layer = replace(one_layer(samples=4000), clamp=(0.0, 6.0))
+    y = layer.weight @ layer.exact.swapaxes(1, 2)
+    assert layer.passing is not None
+    assert layer.passing[(y > 0) & (y < 6)].all()
+    assert not layer.passing[(y < -0.1 * y.std(2, keepdims=True)) | (y > 6 + 0.1 * y.std(2, keepdims=True))].any()
+    monkeypatch.setattr(layerwise, "FEWEST", 10**6)
+    assert replace(layer).passing.all()  # type: ignore[union-attr]
+
+
+def test_samples_that_join_late_read_what_they_would_have_read_from_the_start(monkeypatch):
+    graph = bottleneck()
+    (name,) = graph.inputs
+    recipe = Recipe.model_validate({"precision": "w4a8", "weights": "gptaq"})
+    data = from_arrays("images", {name: images(16, 0)}, graph)
+    plan = assign(graph, ranges_of(graph, recipe, data, bits(graph, recipe, TARGET)), recipe, TARGET)
+    monkeypatch.setattr(Layer, "shift", lambda layer, weight: np.zeros_like(layer.bias))
+    seen: list[Layer] = []
+
+    def nearest(layer: Layer) -> tuple[np.ndarray, TensorType]:
+        seen.append(layer)
+        kind, scale = layer.scaled(1.0)
+        return seqmse.nearest(layer.weight, scale, layer.top), kind
+
+    for most in (4 << 30, 8 * 8 * 16 * 36):  # all, and what eight samples need behind the first layers
+        monkeypatch.setattr(layerwise, "MOST_BYTES", most)
+        layerwise.choose_layerwise(graph, plan, list(data.batches(4)), nearest)
+    first, late = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert late[0].exact.shape[1] < first[0].exact.shape[1]
+    np.testing.assert_array_equal(late[-1].exact, first[-1].exact)
+    np.testing.assert_array_equal(late[-1].rounded, first[-1].rounded)

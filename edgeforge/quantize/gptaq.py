@@ -23,18 +23,20 @@ SHARES = np.linspace(0.5, 1.1, 13)
 
 def choose(layer: Layer) -> tuple[np.ndarray, TensorType]:
     """See `layerwise.Choose`."""
-    moment, cross = layer.moments()
-    level = np.maximum(DAMPING * np.einsum("gdd->gd", moment).mean(1), 1e-12)
-    damping = level[:, None, None] * np.eye(moment.shape[1])
-    moment, cross = moment + damping, cross + damping
-    wanted = np.linalg.solve(moment, (layer.weight @ cross).swapaxes(1, 2)).swapaxes(1, 2)
-    factor = factored(moment)
-    best, least = np.zeros(layer.bias.shape), np.full(layer.bias.shape, np.inf)
-    weight = np.empty_like(wanted)
-    for share in SHARES:
-        scale = layer.scaled(share)[1]
-        found = column_codes(wanted[None], scale[None], factor, layer.top)[0] * scale
-        error = np.einsum("gpd,gpd->gp", (found - wanted) @ moment, found - wanted)
-        better = error < least
-        weight[better], best[better], least[better] = found[better], share, error[better]
+    best, weight = np.zeros(layer.bias.shape), np.empty(layer.weight.shape)
+    for at, moment, cross in layer.moments():
+        level = np.maximum(DAMPING * np.einsum("kdd->kd", moment).mean(1), 1e-12)
+        damping = level[:, None, None] * np.eye(moment.shape[1])
+        moment, cross = moment + damping, cross + damping
+        w = layer.weight[at].reshape(len(moment), -1, moment.shape[1])
+        wanted = np.linalg.solve(moment, (w @ cross).swapaxes(1, 2)).swapaxes(1, 2)
+        factor = factored(moment)
+        kept, share, least = np.empty_like(wanted), np.zeros(w.shape[:2]), np.full(w.shape[:2], np.inf)
+        for tried in SHARES:
+            scale = layer.scaled(tried)[1][at].reshape(*w.shape[:2], -1)
+            found = column_codes(wanted[None], scale[None], factor, layer.top)[0] * scale
+            error = np.einsum("kpd,kpd->kp", (found - wanted) @ moment, found - wanted)
+            better = error < least
+            kept[better], share[better], least[better] = found[better], tried, error[better]
+        weight[at], best[at] = kept.reshape(weight[at].shape), share.reshape(best[at].shape)
     return weight, layer.scaled(best)[0]

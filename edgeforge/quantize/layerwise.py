@@ -4,13 +4,17 @@
     rounded graph   x' -> y' = W' x' + b'     W' = choose(layer),  b' = b + W mean(x) - W' mean(x')
 
 A layer sees what it really reads, so that it can make up for the rounding before it; the bias takes up the shift of
-the mean (bias correction as in `correct`), where there is one. Activations are rounded as the plan says."""
+the mean (bias correction as in `correct`), where there is one. Activations are rounded as the plan says. Where a clamp
+is fused, means and moments of a channel are those of the rows that pass it: errors elsewhere are not seen (AdaRound,
+arXiv:2004.10568, has the clamp in its loss for the same reason)."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +26,17 @@ from edgeforge.passes.constants import with_constants
 from edgeforge.quantize.assign import Plan, _data_range, affine
 from edgeforge.quantize.weights import least_scale, quantize_weight
 
-#: What a layer reads is sampled to about so many rows; of a convolution these are windows.
-ROWS = 12000
+#: What a layer reads is sampled to about so many rows, of so many numbers; of a convolution these are windows.
+ROWS, NUMBERS = 60_000, 100_000_000
+
+#: Rows pass a clamp by so many standard deviations of the output: rounding may bring them back.
+MARGIN = 0.05
+
+#: A channel with fewer rows that pass has all rows.
+FEWEST = 200
+
+#: Moments that are in memory at once, and values of samples.
+MOMENTS, MOST_BYTES = 16_000_000, 2 << 30
 
 Batches = Iterable[Mapping[str, np.ndarray]]
 
@@ -62,10 +75,50 @@ class Layer:
         wide = kind.q.broadcast(kind.shape).astype(np.float64)
         return kind, wide.reshape(*self.bias.shape, -1)
 
-    def moments(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of what it reads, about the mean, float64 [G, D, D]: rounded with rounded, and exact with rounded."""
-        x, y = (a.astype(np.float64) - a.mean(1, keepdims=True) for a in (self.exact, self.rounded))
-        return y.swapaxes(1, 2) @ y / y.shape[1], x.swapaxes(1, 2) @ y / y.shape[1]
+    @cached_property
+    def passing(self) -> np.ndarray | None:
+        """The rows of each channel that pass the clamp, bool [G, P, N]; None without one."""
+        if self.clamp is None:
+            return None
+        y = self.weight @ self.exact.swapaxes(1, 2) + self.bias[..., None]
+        slack, (low, high) = MARGIN * y.std(2, keepdims=True), self.clamp
+        found = (y > low - slack) & (y < high + slack)
+        found[found.sum(2) < FEWEST] = True
+        return found
+
+    def moments(self) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
+        """Places of channels in [G, P], and the moments of what they read about its mean, float64 [K, D, D]: rounded
+        with rounded, and exact with rounded. K: the groups, or channels where each has rows of its own."""
+        if self.passing is None:
+            found = [_moments(x, y) for x, y in zip(*(a.astype(np.float64) for a in self._reads), strict=True)]
+            yield (slice(None),), *map(np.stack, zip(*found, strict=True))
+            return
+        _, outputs, inputs = self.weight.shape
+        for g, (x, y) in enumerate(zip(*self._reads, strict=True)):
+            step = max(MOMENTS // inputs**2, 1)
+            for first in range(0, outputs, step):
+                rows = self.passing[g, first : first + step]
+                found = [_moments(x[picked], y[picked]) for picked in rows]
+                yield (g, slice(first, first + step)), *map(np.stack, zip(*found, strict=True))
+
+    def shift(self, weight: np.ndarray) -> np.ndarray:
+        """Mean of the output less that with ``weight``, [G, P], over the rows that pass."""
+        if self.passing is None:
+            x, y = (a.mean(1, dtype=np.float64)[:, None] for a in self._reads)
+        else:
+            share = self.passing / self.passing.sum(2, keepdims=True, dtype=np.float32)
+            x, y = (share @ a for a in self._reads)
+        return (self.weight * x - weight * y).sum(2)
+
+    @property
+    def _reads(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.exact, self.rounded
+
+
+def _moments(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float64 [D, D] of [N, D], computed as they are."""
+    x, y = (a - a.mean(0) for a in (x, y))
+    return (y.T @ y / len(y)).astype(np.float64), (x.T @ y / len(y)).astype(np.float64)
 
 
 #: A layer -> its weight [G, P, D] on the grid of the encoding beside it.
@@ -75,9 +128,9 @@ Choose = Callable[[Layer], tuple[np.ndarray, TensorType]]
 def choose_layerwise(graph: Graph, plan: Plan, batches: Batches, choose: Choose) -> tuple[Graph, Plan]:
     """``graph`` with the chosen weights and biases, and ``plan`` with the encodings of the weights.
 
-    All batches are in memory at once, as far as their values are still to be read. A weight that several layers share,
-    or of a transposed convolution, is left alone."""
-    walk = _Walk(graph, plan, [dict(batch) for batch in batches])
+    Layers see as many batches as fit MOST_BYTES, those with large values fewer. A weight that several layers share, or
+    of a transposed convolution, is left alone."""
+    walk = _Walk(graph, plan, batches)
     changed: dict[tuple[str, int], np.ndarray] = {}
     kinds: dict[str, TensorType] = {}
     for node in graph.nodes:
@@ -85,21 +138,16 @@ def choose_layerwise(graph: Graph, plan: Plan, batches: Batches, choose: Choose)
         if own_weight(graph, node):
             layer = walk.layer(node)
             weight, kind = choose(layer)
-            shift = _means(layer.weight, layer.exact) - _means(weight, layer.rounded)
             assert kind.q is not None
             given[1] = kind.q.dequantize(kind.q.quantize(weight.reshape(kind.shape), kind.dtype))
             if len(node.inputs) == 3:
-                given[2] = (layer.bias + shift).ravel().astype(np.float32)
+                given[2] = (layer.bias + layer.shift(weight)).ravel().astype(np.float32)
             changed |= {(node.output, i): array for i, array in given.items()}
             kinds[node.output] = kind
         walk.step(node, given)
     graph = with_constants(graph, changed)
     made = graph.producers()
     return graph, replace(plan, constants={**plan.constants, **{made[o].inputs[1]: k for o, k in kinds.items()}})
-
-
-def _means(weight: np.ndarray, x: np.ndarray) -> np.ndarray:
-    return np.einsum("gpd,gd->gp", weight.astype(np.float64), x.mean(1, dtype=np.float64))
 
 
 def own_weight(graph: Graph, node: Node) -> bool:
@@ -149,28 +197,49 @@ def patches(n: NodeView, x: np.ndarray, most: int | None) -> np.ndarray:
     return found.transpose(1, 0, 3, 2, 4).reshape(n["groups"], len(x) * len(at), -1)
 
 
-class _Walk:
-    """Both graphs, node by node, on all batches."""
+@dataclass
+class _Batch:
+    """What is still to be read, in the float graph and in the rounded one."""
 
-    def __init__(self, graph: Graph, plan: Plan, batches: list[dict[str, np.ndarray]]):
+    exact: dict[str, torch.Tensor]
+    rounded: dict[str, torch.Tensor]
+
+
+class _Walk:
+    """Both graphs, node by node, on all batches that fit."""
+
+    def __init__(self, graph: Graph, plan: Plan, batches: Batches):
         self.graph, self.plan = graph, plan
-        self.size = sum(len(batch[graph.inputs[0]]) for batch in batches)
-        self.exact: dict[str, list[torch.Tensor]] = {}
-        self.rounded: dict[str, list[torch.Tensor]] = {}
-        self.left = Counter(name for node in graph.nodes for name in set(node.inputs))
-        self.count = len(batches)
-        for name in graph.inputs:
-            self.exact[name] = [torch.from_numpy(np.array(batch[name])) for batch in batches]
-            self.rounded[name] = [rounded(x, plan.types.get(name)) for x in self.exact[name]]
+        self.last = {name: node.output for node in graph.nodes for name in node.inputs}
+        self.bytes, self.done = _most_bytes(graph, self.last), 0
+        self.given: dict[str, dict[int, torch.Tensor]] = {}
+        self.batches: list[_Batch] = []
+        self.size, self.waiting = 0, iter(batches)
+        self.next: Mapping[str, np.ndarray] | None = next(self.waiting, None)
+
+    def join(self) -> None:
+        """Bring further batches to where the walk is, while they fit."""
+        while self.next is not None:
+            count = len(self.next[self.graph.inputs[0]])
+            if self.batches and (self.size + count) * self.bytes[self.done] > MOST_BYTES:
+                return
+            exact = {name: torch.from_numpy(np.array(self.next[name])) for name in self.graph.inputs}
+            batch = _Batch(exact, {name: rounded(x, self.plan.types.get(name)) for name, x in exact.items()})
+            for node in self.graph.nodes[: self.done]:
+                self._advance(batch, node)
+            self.batches.append(batch)
+            self.size, self.next = self.size + count, next(self.waiting, None)
 
     def layer(self, node: Node) -> Layer:
+        self.join()
         n = self.graph.view(node)
         kind, least = first_encoding(self.graph, self.plan, node, "minmax")
         weight = grouped(node, _data(self.graph, node, 1))
         bias = _data(self.graph, node, 2) if n.arity == 3 else np.zeros(n.shape(1)[0], np.float32)
-        most = max(ROWS // self.size, 1)
-        exact = [patches(n, x.numpy(), most) for x in self.exact[node.inputs[0]]]
-        reads = [patches(n, self.read(node, 0, x).numpy(), most) for x in self.rounded[node.inputs[0]]]
+        rows = min(ROWS, NUMBERS // (len(weight) * weight.shape[2]))
+        most, name = max(rows // self.size, 1), node.inputs[0]
+        exact = [patches(n, batch.exact[name].numpy(), most) for batch in self.batches]
+        reads = [patches(n, self.read(node, 0, batch.rounded[name]).numpy(), most) for batch in self.batches]
         x, y = (np.concatenate(parts, 1) for parts in (exact, reads))
         return Layer(weight, bias.reshape(weight.shape[:2]), x, y, kind, least, node.attrs.get("clamp"))
 
@@ -179,29 +248,41 @@ class _Walk:
 
     def step(self, node: Node, given: Mapping[int, np.ndarray]) -> None:
         """given: constants of the rounded graph in place of those that the plan gives it."""
-        view, acts = self.graph.view(node), {name for name in node.inputs if not self.graph.values[name].const}
-        done = {name for name in acts if self.left[name] == 1}
-        ours = {name: tensor(self.graph, name) for name in node.inputs if name not in acts}
+        self.join()
         theirs = {i: torch.from_numpy(array) for i, array in given.items()}
-        results: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        for i, name in enumerate(node.inputs):
+            if self.graph.values[name].const and i not in theirs:
+                theirs[i] = _constant(self.graph, self.plan, node, i)
+        self.given[node.output] = theirs
+        for batch in self.batches:
+            self._advance(batch, node)
+        self.done += 1
+        if self.next is None:
+            self.given.clear()
+
+    def _advance(self, batch: _Batch, node: Node) -> None:
+        view, op = self.graph.view(node), OPS[node.op].torch
+        exact, seen = [], []
+        for i, name in enumerate(node.inputs):
+            const = self.graph.values[name].const
+            exact.append(tensor(self.graph, name) if const else batch.exact[name])
+            seen.append(self.given[node.output][i] if const else self.read(node, i, batch.rounded[name]))
         with torch.no_grad():
-            for i, name in enumerate(node.inputs):
-                if name not in acts and i not in theirs:
-                    theirs[i] = _constant(self.graph, self.plan, node, i)
-            for b in range(self.count):
-                exact = {**ours, **{name: self.exact[name][b] for name in acts}}
-                results[0].append(OPS[node.op].torch(torch, view, *(exact[name] for name in node.inputs)))
-                seen = {i: self.read(node, i, self.rounded[x][b]) for i, x in enumerate(node.inputs) if x in acts}
-                operands = [operand for _, operand in sorted((theirs | seen).items(), key=lambda item: item[0])]
-                y = OPS[node.op].torch(torch, view, *operands)
-                results[1].append(rounded(y, self.plan.types.get(node.output)))
-                for name in done:
-                    self.exact[name][b] = self.rounded[name][b] = torch.empty(0)
-        self.exact[node.output], self.rounded[node.output] = results
-        for name in acts:
-            self.left[name] -= 1
-        for name in done:
-            del self.exact[name], self.rounded[name]
+            batch.exact[node.output] = op(torch, view, *exact)
+            batch.rounded[node.output] = rounded(op(torch, view, *seen), self.plan.types.get(node.output))
+        for name in set(node.inputs):
+            if self.last[name] == node.output and name in batch.exact:
+                del batch.exact[name], batch.rounded[name]
+
+
+def _most_bytes(graph: Graph, last: Mapping[str, str]) -> list[int]:
+    """Of values that are in memory for one sample, in both graphs, at each node or any behind it."""
+    live, sizes = set(graph.inputs), []
+    for node in graph.nodes:
+        live.add(node.output)
+        sizes.append(sum(8 * math.prod(graph.type(name).shape) for name in live))
+        live -= {name for name in node.inputs if last[name] == node.output}
+    return [max(sizes[i:]) for i in range(len(sizes))]
 
 
 def _constant(graph: Graph, plan: Plan, node: Node, i: int) -> torch.Tensor:

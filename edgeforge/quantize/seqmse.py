@@ -19,21 +19,21 @@ SHARES = np.linspace(0.3, 1.0, 36)
 def choose(layer: Layer) -> tuple[np.ndarray, TensorType]:
     """See `layerwise.Choose`."""
     kind, scale = layer.scaled(clipping(layer))
-    return nearest(layer, scale), kind
+    return nearest(layer.weight, scale, layer.top), kind
 
 
 def clipping(layer: Layer) -> np.ndarray:
     """The best share of each channel, [G, P]."""
-    moment, cross = layer.moments()
-    wanted = layer.weight @ cross
     best, least = np.ones(layer.bias.shape), np.full(layer.bias.shape, np.inf)
-    for share in SHARES:
-        weight = nearest(layer, layer.scaled(share)[1])
-        error = np.einsum("gpd,gpd->gp", weight @ moment - 2 * wanted, weight)
-        best, least = np.where(error < least, share, best), np.minimum(error, least)
+    for at, moment, cross in layer.moments():
+        w = layer.weight[at].reshape(len(moment), -1, moment.shape[1])
+        for share in SHARES:
+            found = nearest(w, layer.scaled(share)[1][at].reshape(*w.shape[:2], -1), layer.top)
+            error = np.einsum("kpd,kpd->kp", found @ moment - 2 * w @ cross, found).reshape(least[at].shape)
+            best[at], least[at] = np.where(error < least[at], share, best[at]), np.minimum(error, least[at])
     return best
 
 
-def nearest(layer: Layer, scale: np.ndarray) -> np.ndarray:
-    """The weight rounded to the nearest codes."""
-    return np.clip(np.rint(layer.weight / scale), -layer.top, layer.top) * scale
+def nearest(weight: np.ndarray, scale: np.ndarray, top: int) -> np.ndarray:
+    """The nearest multiples of ``scale`` up to ``top`` of it."""
+    return np.clip(np.rint(weight / scale), -top, top) * scale
