@@ -44,6 +44,7 @@ METHODS = {
     "adaround": ["weights=adaround"],
     "gptaq": ["weights=gptaq"],
     "gptaq, 200 photographs": ["weights=gptaq", "calibration.samples=200"],
+    "gptaq, 8 views of 200 photographs": ["weights=gptaq", "calibration.samples=200", "calibration.views=8"],
     "gptaq, depthwise and stem at 8 bits": [
         "weights=gptaq",
         "overrides=[{match: '*.dw*', precision: w8a8}, {match: 'stem*', precision: w8a8}]",

@@ -43,8 +43,34 @@ class Dataset:
             samples = [self.sample(i) for i in range(start, min(start + size, self.size))]
             yield {name: np.concatenate([s[name] for s in samples]) for name in samples[0]}
 
+    def with_views(self, count: int) -> Dataset:
+        """These samples, and ``count`` - 1 random views of each: a part of at least a quarter of every image
+        [1, C, H, W], bilinearly brought to its size, every second one mirrored. Repeatable. Inputs of another rank
+        stay as they are."""
+
+        def sample(i: int) -> Mapping[str, np.ndarray]:
+            feed = self.sample(i % self.size)
+            return {name: _view(x, i) if i >= self.size and x.ndim == 4 else x for name, x in feed.items()}
+
+        return Dataset(self.name, count * self.size, sample)
+
     def stacked(self) -> dict[str, np.ndarray]:
         return next(self.batches(max(self.size, 1)))
+
+
+def _view(image: np.ndarray, seed: int) -> np.ndarray:
+    """A random part of [1, C, H, W] in its size, perhaps mirrored (as Szegedy et al., arXiv:1409.4842, cut theirs)."""
+    from torch import from_numpy
+    from torch.nn.functional import interpolate
+
+    picks, (height, width) = np.random.default_rng(seed), image.shape[2:]
+    area, aspect = picks.uniform(0.25, 1), np.exp(picks.uniform(-1, 1) * np.log(4 / 3))
+    rows = min(round(height * np.sqrt(area / aspect)), height)
+    columns = min(round(width * np.sqrt(area * aspect)), width)
+    top, left = picks.integers(0, height - rows + 1), picks.integers(0, width - columns + 1)
+    part = from_numpy(image[:, :, top : top + rows, left : left + columns])
+    made = interpolate(part, (height, width), mode="bilinear", antialias=True).numpy()
+    return np.ascontiguousarray(made[..., ::-1]) if picks.random() < 0.5 else made
 
 
 @dataclass(frozen=True)

@@ -100,8 +100,10 @@ def quantize(model: Model, recipe: Recipe, target: Target, data: Dataset, requan
 
         graph, plan = train(graph, plan, recipe.train, target, samples)
 
+    views = samples.with_views(recipe.calibration.views)
+
     def rounded(graph: Graph) -> Graph:
-        return convert(*round_weights(graph, plan, recipe, samples, scales), target, scales)
+        return convert(*round_weights(graph, plan, recipe, views, scales), target, scales)
 
     quantized = rounded(graph)
     if recipe.bias_correction and recipe.weights not in LAYERWISE:

@@ -59,11 +59,13 @@ StaticPrecision = Annotated[str, AfterValidator(_static)]
 
 
 class Calibration(Closed):
-    """How ranges are estimated; ``percentile`` applies to that method only."""
+    """How ranges are estimated; ``percentile`` applies to that method only. ``views``: of each image, for choosing
+    weights: itself, and random parts of it (see `Dataset.with_views`)."""
 
     method: Literal["minmax", "percentile", "entropy", "mse"] = "minmax"
     percentile: float = Field(99.99, gt=50, le=100)
     samples: int = Field(200, ge=1)
+    views: int = Field(1, ge=1)
 
 
 class Override(Closed):
