@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -209,8 +210,10 @@ def test_an_output_folder_that_is_no_bundle_is_left_alone(refused, tmp_path):
 
 
 def in_a_process(*words: str | Path) -> subprocess.Popen[str]:
+    """The child minds SIGINT also where these tests run in the background, which ignores it."""
     command = [sys.executable, "-m", "edgeforge.cli", *map(str, words)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    mind = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=mind)
 
 
 def test_control_c_in_the_middle_leaves_nothing(tmp_path):
