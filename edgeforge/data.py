@@ -45,7 +45,7 @@ class Dataset:
 
     def with_views(self, count: int) -> Dataset:
         """These samples, and ``count`` - 1 random views of each: a part of at least a quarter of every image
-        [1, C, H, W], bilinearly brought to its size, every second one mirrored. Repeatable. Inputs of another rank
+        [1, C, H, W], bilinearly brought to its size, half of them mirrored. Repeatable. Inputs of another rank
         stay as they are."""
 
         def sample(i: int) -> Mapping[str, np.ndarray]:

@@ -106,7 +106,7 @@ def _moments(graph: Graph, nodes: list[Node], batches: Iterable[Mapping[str, np.
 
 
 def _damped(moment: np.ndarray) -> np.ndarray:
-    """In place."""
+    """``moment`` with DAMPING on its diagonals; in place."""
     diagonal = np.einsum("gdd->gd", moment)
     diagonal += np.maximum(DAMPING * diagonal.mean(1, keepdims=True), 1e-12)
     return moment

@@ -212,7 +212,8 @@ class _Walk:
         self.graph, self.plan = graph, plan
         self.last = {name: node.output for node in graph.nodes for name in node.inputs}
         self.bytes, self.done = _most_bytes(graph, self.last), 0
-        self.given: dict[str, dict[int, torch.Tensor]] = {}
+        #: By node and input: a constant in the two graphs, for as long as batches are to follow.
+        self.given: dict[str, dict[int, tuple[torch.Tensor, torch.Tensor]]] = {}
         self.batches: list[_Batch] = []
         self.size, self.waiting = 0, iter(batches)
         self.next: Mapping[str, np.ndarray] | None = next(self.waiting, None)
@@ -249,11 +250,11 @@ class _Walk:
     def step(self, node: Node, given: Mapping[int, np.ndarray]) -> None:
         """given: constants of the rounded graph in place of those that the plan gives it."""
         self.join()
-        theirs = {i: torch.from_numpy(array) for i, array in given.items()}
+        pairs = self.given[node.output] = {}
         for i, name in enumerate(node.inputs):
-            if self.graph.values[name].const and i not in theirs:
-                theirs[i] = _constant(self.graph, self.plan, node, i)
-        self.given[node.output] = theirs
+            if self.graph.values[name].const:
+                theirs = torch.from_numpy(given[i]) if i in given else _constant(self.graph, self.plan, node, i)
+                pairs[i] = tensor(self.graph, name), theirs
         for batch in self.batches:
             self._advance(batch, node)
         self.done += 1
@@ -262,11 +263,11 @@ class _Walk:
 
     def _advance(self, batch: _Batch, node: Node) -> None:
         view, op = self.graph.view(node), OPS[node.op].torch
-        exact, seen = [], []
+        pairs = dict(self.given[node.output])
         for i, name in enumerate(node.inputs):
-            const = self.graph.values[name].const
-            exact.append(tensor(self.graph, name) if const else batch.exact[name])
-            seen.append(self.given[node.output][i] if const else self.read(node, i, batch.rounded[name]))
+            if i not in pairs:
+                pairs[i] = batch.exact[name], self.read(node, i, batch.rounded[name])
+        exact, seen = zip(*(pairs[i] for i in range(len(node.inputs))), strict=True)
         with torch.no_grad():
             batch.exact[node.output] = op(torch, view, *exact)
             batch.rounded[node.output] = rounded(op(torch, view, *seen), self.plan.types.get(node.output))
