@@ -166,6 +166,46 @@ def test_rotating_the_residual_stream_leaves_a_decoder_as_it_was_and_spreads_its
     assert crest[1] < 0.6 * crest[0]
 
 
+def test_rotating_the_bottlenecks_of_a_cnn_leaves_it_as_it_was():
+    class Closed(Inverted):
+        """Only layers read the sum."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.a(self.stem(x))
+            return self.head(self.last(x + self.b(x)).mean((2, 3)))
+
+        def __init__(self) -> None:
+            super().__init__(nn.ReLU6)
+            self.last = nn.Sequential(nn.Conv2d(12, 12, 3, padding=1), nn.ReLU6())
+
+    graph = imported(Closed(), torch.zeros(1, 3, 16, 16))
+    turned = verify(apply(graph, Rotate(), Recipe(), load_target("snapdragon-8-gen-3"), from_ids(graph)))
+    before, after = {}, {}
+    wanted = run_float(graph, feed(graph), lambda node, y: before.update({node.output: y.numpy()}))
+    got = run_float(turned, feed(graph), lambda node, y: after.update({node.output: y.numpy()}))
+    assert far(wanted[graph.outputs[0]], got[graph.outputs[0]]) < 1e-4
+    moved = {node.output for node in graph.nodes if far(before[node.output], after[node.output]) > 0.1}
+    outputs = {node.output for node in graph.nodes if node.op == "conv2d" and "clamp" not in node.attrs}
+    assert moved == outputs | {node.output for node in graph.nodes if node.op == "add"} and len(moved) == 3
+
+
+def test_a_sum_that_a_depthwise_layer_or_an_activation_reads_is_not_rotated():
+    class Read(nn.Module):
+        def __init__(self, last: nn.Module):
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 4, 1), last
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.first(x))
+
+    for last in (nn.Conv2d(4, 4, 3, groups=4), nn.Sequential(nn.Hardswish(), nn.Conv2d(4, 4, 1))):
+        graph = imported(Read(last), torch.zeros(1, 3, 8, 8))
+        turned = apply(graph, Rotate(), Recipe(), load_target("snapdragon-8-gen-3"), from_ids(graph))
+        for node in graph.nodes:
+            for i in range(1, len(node.inputs)):
+                np.testing.assert_array_equal(graph.values[node.inputs[i]].data, turned.values[node.inputs[i]].data)
+
+
 def from_ids(graph: Graph) -> Dataset:
     return from_arrays("ids", feed(graph), graph)
 

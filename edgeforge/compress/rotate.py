@@ -1,15 +1,18 @@
-"""rotate: a transformer's residual stream and values in other orthonormal bases, in which no channel sticks out.
+"""rotate: residual streams, linear bottlenecks and values in other orthonormal bases, in which no channel sticks out.
 
     x = table[ids]; y = x + w_out f(rms_norm(x) w_in^T)    =>    the same with table Q, Q^T w_out, w_in Q
+    x = u w_a^T;    y = x + w_out f(x w_in^T)              =>    the same with Q^T w_a, Q^T w_out, w_in Q
     o = p (x w_v^T) w_o^T                                  =>    the same with Q^T w_v, w_o Q       per head of values
 
-rms_norm commutes with an orthogonal Q once its gain is folded into the layers that read it. Rotations R1 and R2 of Liu
+rms_norm commutes with an orthogonal Q once its gain is folded into the layers that read it; what layers read with no
+activation between (MobileNetV2's bottlenecks, channels of convolutions) may turn as it is. Rotations R1 and R2 of Liu
 et al., "SpinQuant" (arXiv:2405.16406), and Ashkboos et al., "QuaRot" (arXiv:2404.00456), not trained: a Hadamard matrix
 with random signs, times a random orthogonal matrix where the width is no power of two. They cost nothing at run time;
 R3 and R4 need a Hadamard product in the graph, which no target offers."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,13 +27,13 @@ from edgeforge.target import Target
 
 
 def apply(graph: Graph, config: Rotate, recipe: Recipe, target: Target, data: Dataset) -> Graph:
-    """``graph`` with every residual stream rotated that only linears and embeddings write and only rms_norms before
-    linears read, and values wherever nothing lies between two linears but products with attention weights; ``data`` is
-    not read."""
+    """``graph`` with every value or sum of values rotated that only embeddings and layers without a clamp write and
+    only layers read, or rms_norms before linears; and attention's values wherever nothing lies between two linears but
+    products with attention weights. ``data`` is not read."""
     graph = fold_gains(graph)
     rng = np.random.default_rng(config.seed)
     for stream in _streams(graph):
-        graph = _turned(graph, stream, orthogonal(stream.width, rng))
+        graph = _turned(graph, stream, rng)
     return _turned_values(graph, rng)
 
 
@@ -48,9 +51,8 @@ def fold_gains(graph: Graph) -> Graph:
 
 @dataclass(frozen=True)
 class _Stream:
-    """Nodes that write a sum of activations, and the linears that read it through a norm."""
+    """Nodes that write a value or the parts of a sum, and the layers that read it, themselves or through a norm."""
 
-    width: int
     writers: tuple[Node, ...]
     readers: tuple[Node, ...]
 
@@ -71,25 +73,21 @@ def _data(graph: Graph, node: Node, i: int) -> np.ndarray:
     return data.astype(np.float64)
 
 
-def _own_weight(graph: Graph, node: Node) -> bool:
-    same = [n for n in graph.nodes if n.op in LAYERS and n.inputs[1] == node.inputs[1]]
-    return node.op == "linear" and "clamp" not in node.attrs and len(same) == 1
+def _mixes_channels(graph: Graph, node: Node) -> bool:
+    """Whether every output of ``node`` reads all channels, by a weight that no other layer has."""
+    whole = node.op == "linear" or (node.op == "conv2d" and node.attrs["groups"] == 1)
+    return whole and sum(n.op in LAYERS and n.inputs[1] == node.inputs[1] for n in graph.nodes) == 1
 
 
 def _readers(graph: Graph, norm: Node) -> list[Node]:
     """The linears that read a norm, or none if anything else does."""
     users = [node for node in graph.nodes if norm.output in node.inputs]
-    fit = all(node.op == "linear" and _own_weight(graph, _plain(node)) for node in users)
+    fit = all(node.op == "linear" and _mixes_channels(graph, node) for node in users)
     return users if fit and norm.output not in graph.outputs else []
 
 
-def _plain(node: Node) -> Node:
-    """A clamp behind a reader does not matter."""
-    return Node(node.op, node.inputs, node.output)
-
-
 def _streams(graph: Graph) -> list[_Stream]:
-    """Sums of activations, joined through add, as far as they may be rotated."""
+    """Activations, joined through add, as far as they may be rotated."""
     root = {name: name for name in graph.values}
 
     def find(name: str) -> str:
@@ -105,8 +103,9 @@ def _streams(graph: Graph) -> list[_Stream]:
     members: dict[str, list[str]] = {}
     for name in graph.values:
         members.setdefault(find(name), []).append(name)
-    joined = [names for names in members.values() if len(names) > 1]
-    return [stream for names in joined if (stream := _stream(graph, set(names), sums)) is not None]
+    turning = {node.output for node in graph.nodes if _turns(graph, node)}
+    groups = [set(names) for names in members.values() if turning.intersection(names)]
+    return [stream for names in groups if (stream := _stream(graph, names, sums)) is not None]
 
 
 def _is_sum(graph: Graph, node: Node) -> bool:
@@ -119,24 +118,39 @@ def _stream(graph: Graph, names: set[str], sums: set[str]) -> _Stream | None:
         return None
     writers = [node for node in graph.nodes if node.output in names - sums]
     outside = [node for node in graph.nodes if names & set(node.inputs) and node.output not in sums]
-    readers = [_readers(graph, node) if _is_even_norm(graph, node) else [] for node in outside]
-    if not readers or not all(readers) or not all(n.op == "gather" or _own_weight(graph, n) for n in writers):
+    readers = [_behind(graph, node) for node in outside]
+    if not readers or not all(readers) or not all(_turns(graph, node) for node in writers):
         return None
-    width = graph.type(writers[0].output).shape[-1]
-    return _Stream(width, tuple(writers), tuple(node for some in readers for node in some))
+    both = [*writers, *itertools.chain(*readers)]
+    if len({node.op == "conv2d" for node in both}) > 1:  # their channels lie in different axes
+        return None
+    return _Stream(tuple(writers), tuple(both[len(writers) :]))
+
+
+def _behind(graph: Graph, node: Node) -> list[Node]:
+    """The layers in which ``node``, one of the readers of a stream, undoes a rotation; none if it cannot."""
+    if _is_even_norm(graph, node):
+        return _readers(graph, node)
+    return [node] if _mixes_channels(graph, node) else []
+
+
+def _turns(graph: Graph, node: Node) -> bool:
+    return node.op == "gather" or (_mixes_channels(graph, node) and "clamp" not in node.attrs)
 
 
 def _is_even_norm(graph: Graph, node: Node) -> bool:
     return node.op == "rms_norm" and bool(np.ptp(_data(graph, node, 1)) == 0)
 
 
-def _turned(graph: Graph, stream: _Stream, q: np.ndarray) -> Graph:
-    changed = {(node.output, 1): _data(graph, node, 1) @ q for node in stream.readers}
+def _turned(graph: Graph, stream: _Stream, rng: np.random.Generator) -> Graph:
+    q = orthogonal(graph.type(stream.readers[0].inputs[1]).shape[1], rng)
+    changed = {(n.output, 1): np.moveaxis(np.tensordot(_data(graph, n, 1), q, (1, 0)), -1, 1) for n in stream.readers}
     for node in stream.writers:
         if node.op == "gather":
             changed[node.output, 0] = _data(graph, node, 0) @ q
         else:
-            changed[node.output, 1] = q.T @ _data(graph, node, 1)
+            weight = changed.get((node.output, 1), _data(graph, node, 1))
+            changed[node.output, 1] = np.tensordot(q.T, weight, 1)
         if len(node.inputs) == 3:
             changed[node.output, 2] = _data(graph, node, 2) @ q
     return with_constants(graph, changed)
