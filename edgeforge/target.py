@@ -57,7 +57,7 @@ class Latency(Closed):
     """Parameters of the latency model, written by `edgeforge calibrate`.
 
     rates: precision -> term -> microseconds per unit (units: edgeforge/estimate/work.py), fitted over many chips.
-    factors: what a chip's times are multiplied by: {"all": {"all": f}, "group": ..., "precision": ..., "term": ...}.
+    factors: what a chip's times are multiplied by, see `estimate.latency.FACTORS`: {"all": {"all": f}, "group": ...}.
     interval: factor of the 80 % interval (x / factor to x * factor) "calibrated", "uncalibrated" (no factors), "few"
     (factors from a few measurements), "carried" (the model was measured on another chip), "llm" and "memory".
     llm: rates of decoder language models; memory: MB per unit (edgeforge/estimate/memory.py). fit, calibration: where

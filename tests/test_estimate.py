@@ -24,13 +24,14 @@ from edgeforge.errors import InvalidInput
 from edgeforge.estimate.calibrate import Point, calibrate, read_points, write_latency
 from edgeforge.estimate.decoder import read_config
 from edgeforge.estimate.energy import UNCERTAINTY, energy
-from edgeforge.estimate.estimate import Elsewhere, Estimate, Range, estimate_decoder, estimate_program
-from edgeforge.estimate.fit import CHIP_KEYS, Samples, chip_rates, fit_chip, predict, start_rates
+from edgeforge.estimate.estimate import Elsewhere, Estimate, Range, estimate_decoder, estimate_program, priced
+from edgeforge.estimate.fit import CHIP_KEYS, Samples, fit_chip, predict_chip, start_rates
+from edgeforge.estimate.latency import NAMES, TYPICAL_US, times
 from edgeforge.estimate.memory import amounts as memory_amounts
 from edgeforge.estimate.memory import arena_bytes
 from edgeforge.estimate.program import Program
 from edgeforge.estimate.sketch import from_onnx
-from edgeforge.estimate.work import PRECISIONS, works
+from edgeforge.estimate.work import PRECISIONS, TERMS, works
 from edgeforge.estimator import batched
 from edgeforge.resources import folder
 from edgeforge.target import load_target, names
@@ -276,17 +277,46 @@ def test_a_layer_that_does_not_fit_on_the_chip_maps_a_heap_once() -> None:
     assert (spills(128, 3), spills(512, 1), spills(512, 3)) == (0, 1, 1)
 
 
+def mixed_samples() -> Samples:
+    families = ("resnet", "ffnet", "unet", "mobilenet", "yolov8")
+    keys = [key for key in list(MODELS)[::2] if MODELS[key].family in families]
+    return Samples.of([(MODELS[key].build(), PRECISIONS["w8a8"]) for key in keys])
+
+
 def test_a_chip_unlike_the_others_is_fitted_to_all_its_measurements() -> None:
     """Six times slower MACs: at first most workloads lie far beyond the scale of the robust weights."""
-    keys = [
-        key for key in list(MODELS)[::2] if MODELS[key].family in ("resnet", "ffnet", "unet", "mobilenet", "yolov8")
-    ]
-    samples = Samples.of([(MODELS[key].build(), PRECISIONS["w8a8"]) for key in keys])
+    samples = mixed_samples()
     slow = np.array([np.log(6.0) * (key == ("group", "compute")) for key in CHIP_KEYS])
-    truth = predict(samples, chip_rates(start_rates(), slow, samples.precision))[0]
-    found = fit_chip(samples, truth, start_rates(), np.zeros(len(CHIP_KEYS)), steps=12)
-    error = predict(samples, chip_rates(start_rates(), found, samples.precision))[0] - truth
+    truth = predict_chip(samples, start_rates(), slow)[0]
+    found = fit_chip(samples, truth, start_rates())
+    error = predict_chip(samples, start_rates(), found)[0] - truth
     assert np.abs(error).max() < 0.1
+
+
+def test_a_chip_that_slows_down_in_long_graphs_takes_longer_by_more_the_longer_they_are() -> None:
+    samples, even = mixed_samples(), np.zeros(len(CHIP_KEYS))
+    tiring = np.array([np.log(1.3) * (part == "tenfold") for part, _ in CHIP_KEYS])
+    before, slopes = predict_chip(samples, start_rates(), even)
+    after = predict_chip(samples, start_rates(), tiring)[0]
+    assert after - before == pytest.approx(np.log(1.3) * (before - np.log(TYPICAL_US)) / np.log(10))
+    assert after - before == pytest.approx(slopes @ tiring)
+    program, rates = MODELS["mobilenet_v2", "MobileNet-v2"].build(), {term: 0.01 for term in TERMS}
+    short, long = (
+        [sum(part.us for part in times(program, PRECISIONS["w8a8"], {"w8a8": scaled}, tenfold)) for tenfold in (1, 1.3)]
+        for scaled in (rates, {term: 10 * rate for term, rate in rates.items()})
+    )
+    assert long[0] / short[0] == pytest.approx(10)
+    assert long[1] / short[1] == pytest.approx(13)
+
+
+def test_an_estimate_is_what_the_fit_predicts_for_the_chip() -> None:
+    program, chip = MODELS["mobilenet_v2", "MobileNet-v2"].build(), load_target("qcm6690")
+    latency = priced(chip)
+    base = np.log([[latency.rates[name][term] for term in TERMS] for name in NAMES])
+    factors = np.log([latency.factors[part][key] for part, key in CHIP_KEYS])
+    assert latency.factors["tenfold"]["tenfold"] > 1.1
+    fitted = predict_chip(Samples.of([(program, PRECISIONS["w8a8"])]), base, factors)[0]
+    assert ms(program, "w8a8", chip) == pytest.approx(float(np.exp(fitted[0])) / 1e3)
 
 
 def test_a_pass_with_a_constant_and_a_sum_are_priced_apart_from_additions_of_two_values() -> None:

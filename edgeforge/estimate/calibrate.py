@@ -17,7 +17,7 @@ import yaml
 
 from edgeforge.errors import InvalidInput
 from edgeforge.estimate.estimate import priced
-from edgeforge.estimate.fit import CHIP_KEYS, Samples, chip_rates, fit_new_chip, predict
+from edgeforge.estimate.fit import CHIP_KEYS, Samples, fit_new_chip, predict, predict_chip
 from edgeforge.estimate.latency import NAMES
 from edgeforge.estimate.program import Program
 from edgeforge.estimate.work import PRECISIONS, TERMS
@@ -115,7 +115,7 @@ def calibrate(target: Target, points: Sequence[Point], programs: Mapping[str, Pr
             " -> latency_ms must be milliseconds of one inference on the NPU"
         )
     chip = fit_new_chip(samples, log_us, base, _known())
-    error = predict(samples, chip_rates(base, chip, samples.precision))[0] - log_us
+    error = predict_chip(samples, base, chip)[0] - log_us
     order = np.argsort(-np.abs(error))[:5]
     worst = tuple((f"{points[i].model} {points[i].precision}", float(np.exp(error[i]))) for i in order)
     after = float(np.median(np.abs(np.expm1(error))))

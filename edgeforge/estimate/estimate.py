@@ -140,7 +140,7 @@ def estimate_program(program: Program, target: Target, precision: str, elsewhere
     if not program.layers:
         raise InvalidInput(f"{program.name} has no operations to estimate")
     rates = chip_rates(latency.rates, latency.factors)
-    parts = times(program, chosen, rates)
+    parts = times(program, chosen, rates, latency.factors.get("tenfold", {}).get("tenfold", 1.0))
     total = sum(part.us for part in parts)
     factor, calibrated, notes = interval(latency)
     if elsewhere is not None:

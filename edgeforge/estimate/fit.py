@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from edgeforge.estimate.latency import FACTORS, NAMES, factor_keys, overlapped
+from edgeforge.estimate.latency import FACTORS, NAMES, TYPICAL_US, factor_keys, overlapped
 from edgeforge.estimate.program import Program
 from edgeforge.estimate.work import DDR, MOVE, OVERHEAD, TERMS, Precision, stretches, summed, works
 
@@ -49,11 +49,13 @@ TIGHT_DEVIATION = {
     "spill": 0.2, "input": 0.5, "dilated": 0.25, "window": 3.0,
     **dict.fromkeys((*MOVE, "add", "scale", "pool", "sum", "resize"), 0.4),
 }  # fmt: skip
-#: Errors far beyond the first (log) hardly count; a fit begins with the second and comes down step by step.
+#: Errors far beyond the first (log) hardly count; a fit begins with the second and comes down step by step. Both levels
+#: share them: for chips alone the evidence is larger at half of it, but models that are held out fare worse.
 CAUCHY, BROAD = 0.07, 0.5
-#: Weight of the measurements of one (workload, precision) against the priors.
+#: Weight of a measurement against the priors: 2 is the Cauchy density itself.
 TRUST = 2.0
-CHIP_SPREAD = {"all": 1.0, "group": 0.2, "compute": 0.25, "vector": 0.25, "term": 0.25}
+#: Standard deviation of the priors of a chip's log factors.
+CHIP_SPREAD = {"all": 1.0, "group": 0.2, "compute": 0.25, "vector": 0.25, "term": 0.25, "tenfold": 0.1}
 
 IS_DDR = np.array([term in DDR for term in TERMS])
 IS_OVERHEAD = np.array([term in OVERHEAD for term in TERMS])
@@ -86,7 +88,7 @@ class Samples:
 
 def predict(samples: Samples, rates: Array) -> tuple[Array, Array]:
     """log microseconds [n] and d log T / d log rate [n, terms], for log rates [n, terms]."""
-    parts = samples.amounts * np.exp(rates[samples.sample])
+    parts = samples.amounts * np.exp(rates)[samples.sample]
     body, by_compute, by_ddr = overlapped(parts[:, IS_COMPUTE].sum(1), parts[:, IS_DDR].sum(1))
     parts[:, IS_COMPUTE] *= by_compute[:, None]
     parts[:, IS_DDR] *= by_ddr[:, None]
@@ -149,6 +151,7 @@ def _cauchy(error: Array, scale: float) -> Array:
 
 #: A chip's parameters, in order: (part, key) as in `Latency.factors`.
 CHIP_KEYS = [(part, key) for part, keys in FACTORS.items() for key in keys]
+TENFOLD = CHIP_KEYS.index(("tenfold", "tenfold"))
 CHIP_PRIOR = np.array([CHIP_SPREAD[part] for part, _ in CHIP_KEYS])
 #: 1 where a parameter applies: [precisions, parameters, terms]
 APPLIES = np.array(
@@ -161,26 +164,33 @@ def chip_rates(base: Array, chip: Array, precision: Array) -> Array:
     return (base + chip @ APPLIES)[precision]
 
 
+def predict_chip(samples: Samples, base: Array, chip: Array) -> tuple[Array, Array]:
+    """log microseconds [n] on a chip and their derivatives by its log factors [n, factors]."""
+    log_us, share = predict(samples, chip_rates(base, chip, samples.precision))
+    tens, more = (log_us - np.log(TYPICAL_US)) / np.log(10), chip[TENFOLD]
+    slopes = (1 + more / np.log(10)) * np.einsum("nt,nkt->nk", share, APPLIES[samples.precision])
+    slopes[:, TENFOLD] = tens
+    return log_us + more * tens, slopes
+
+
 def fit_chip(
-    samples: Samples, log_us: Array, base: Array, start: Array, steps: int, scale: float = 0.05,
-    center: Array | None = None, certainty: Array | None = None,
-) -> Array:  # fmt: skip
-    """Log factors of one chip from log_us [n], less what the base is known to get wrong about each sample.
-    scale: errors far beyond it hardly count, at first those far beyond `BROAD`: else a chip unlike the others would be
-    fitted to the few workloads that it runs as they do. center, certainty: mean and inverse covariance of the prior
-    (default: zero, `CHIP_PRIOR`)."""
+    samples: Samples, log_us: Array, base: Array, center: Array | None = None, certainty: Array | None = None
+) -> Array:
+    """Log factors of one chip from log_us [n], less what the base is known to get wrong about each sample. Errors far
+    beyond `CAUCHY` hardly count, at first those far beyond `BROAD`: else a chip unlike the others would be fitted to
+    the few workloads that it runs as they do. center, certainty: mean and inverse covariance of the prior (default:
+    zero, `CHIP_PRIOR`)."""
     center = np.zeros(len(CHIP_KEYS)) if center is None else center
     certainty = np.diag(1 / CHIP_PRIOR**2) if certainty is None else certainty
-    chip, width = start.copy(), BROAD
-    for _ in range(steps):
-        predicted, share = predict(samples, chip_rates(base, chip, samples.precision))
+    chip, scale = center.copy(), BROAD
+    for _ in range(15):
+        predicted, jacobian = predict_chip(samples, base, chip)
         error = log_us - predicted
-        jacobian = np.einsum("nt,nkt->nk", share, APPLIES[samples.precision])
-        step = _step(jacobian, error, _cauchy(error, width) / scale**2, chip - center, certainty)
+        step = _step(jacobian, error, TRUST / CAUCHY**2 * _cauchy(error, scale), chip - center, certainty)
         chip += np.clip(step, -0.7, 0.7)
-        if width == scale and np.abs(step).max() < 1e-3:
+        if scale == CAUCHY and np.abs(step).max() < 1e-3:
             break
-        width = max(scale, 0.7 * width)
+        scale = max(CAUCHY, 0.7 * scale)
     return chip
 
 
@@ -194,12 +204,12 @@ def fit_new_chip(samples: Samples, log_us: Array, base: Array, known: Array) -> 
     by how well they explain the measurements."""
     apart = known - np.median(known, axis=0)
     certainty = np.linalg.inv(apart.T @ apart / len(known) + OWN * np.diag(CHIP_PRIOR**2))
-    fits = np.array([fit_chip(samples, log_us, base, near, 10, CAUCHY, near, certainty) for near in known])
+    fits = np.array([fit_chip(samples, log_us, base, near, certainty) for near in known])
     misfit = np.zeros(len(known))
     for i, chip in enumerate(fits):
-        error = log_us - predict(samples, chip_rates(base, chip, samples.precision))[0]
+        error = log_us - predict_chip(samples, base, chip)[0]
         away = chip - known[i]
-        misfit[i] = np.log1p((error / CAUCHY) ** 2).sum() + away @ certainty @ away
+        misfit[i] = TRUST * np.log1p((error / CAUCHY) ** 2).sum() + away @ certainty @ away
     return np.average(fits, axis=0, weights=np.exp((misfit.min() - misfit) / 2))
 
 
@@ -233,22 +243,20 @@ class Measured:
         return Measured(self.sample[mask], self.chip[mask], self.log_us[mask])
 
 
-def fit_all(samples: Samples, rows: Measured, chips: Mapping[str, Array] | None = None, rounds: int = 3) -> Fit:
-    """Both levels in turn. Samples without rows do not take part. chips: factors of a fit to more rows, where this one
-    starts (and then fewer rounds are enough). Rates always start from the priors: what is held out leaves no trace."""
+def fit_all(samples: Samples, rows: Measured) -> Fit:
+    """Both levels in turn, from the priors. Samples without rows do not take part."""
     names = sorted(set(rows.chip))
     used = np.unique(rows.sample)
     picked = samples.pick(used)
-    relative = _two_way(samples, rows, names) if chips is None else _relative(samples, rows, start_rates(), chips)
-    found = {name: np.zeros(len(CHIP_KEYS)) for name in names} | dict(chips or {})
-    for _ in range(rounds):
+    relative = _two_way(samples, rows, names)
+    found: dict[str, Array] = {}
+    for _ in range(3):
         theta = fit_base(picked, relative[used])
         base = base_rates(theta)
         residual = relative - predict(samples, base[samples.precision])[0]
         for name in names:
             mine = rows.pick(rows.chip == name)
-            rest = mine.log_us - residual[mine.sample]
-            found[name] = fit_chip(samples.pick(mine.sample), rest, base, found[name], steps=12)
+            found[name] = fit_chip(samples.pick(mine.sample), mine.log_us - residual[mine.sample], base)
         relative = _relative(samples, rows, base, found)
     return Fit(theta, found, relative - predict(samples, base[samples.precision])[0])
 
@@ -277,8 +285,7 @@ def _relative(samples: Samples, rows: Measured, base: Array, chips: Mapping[str,
     found: dict[int, list[float]] = {}
     for name in sorted(set(rows.chip)):
         mine = rows.pick(rows.chip == name)
-        picked = samples.pick(mine.sample)
-        there, _ = predict(picked, chip_rates(base, chips[name], picked.precision))
+        there, _ = predict_chip(samples.pick(mine.sample), base, chips[name])
         for i, value in zip(mine.sample, mine.log_us - there + at_base[mine.sample], strict=True):
             found.setdefault(int(i), []).append(float(value))
     out = np.full(len(samples.precision), np.nan)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -24,12 +24,17 @@ Rates = Mapping[str, float]
 #: Precisions with rates of their own.
 NAMES = ("float", "w8a8", "w8a16")
 #: A chip's factors: part -> keys. "compute" and "vector": of the terms of that group at a precision, because the units
-#: that compute at 8 and 16 bits and in float differ in number from chip to chip; "term": of one term.
-FACTORS = {"all": ("all",), "group": tuple(GROUPS), "compute": NAMES, "vector": NAMES, "term": TERMS}
+#: that compute at 8 and 16 bits and in float differ in number from chip to chip; "term": of one term; "tenfold": what
+#: ten times the time is multiplied by once more, presumably as a clock falls under load, or needs time to rise.
+FACTORS = {
+    "all": ("all",), "group": tuple(GROUPS), "compute": NAMES, "vector": NAMES, "term": TERMS, "tenfold": ("tenfold",)
+}  # fmt: skip
+#: Microseconds that "tenfold" leaves as they are.
+TYPICAL_US = 3000.0
 
 
 def factor_keys(precision: str, term: str) -> dict[str, str]:
-    """The factors that apply to a term: part -> key."""
+    """The factors that apply to the rate of a term: part -> key."""
     group = GROUP_OF[term]
     own = {group: precision} if group in ("compute", "vector") else {}
     return {"all": "all", "group": group, "term": term, **own}
@@ -71,10 +76,10 @@ def layer_precision(layer: Layer, default: Precision) -> Precision:
     return PRECISIONS["w8a16" if layer.bits == 16 else "w8a8"]
 
 
-def times(program: Program, precision: Precision, rates: Mapping[str, Rates]) -> list[Part]:
+def times(program: Program, precision: Precision, rates: Mapping[str, Rates], tenfold: float = 1.0) -> list[Part]:
     """Microseconds of every layer; they sum to the time of the program. A layer's share of what overlaps is its
-    derivative's."""
-    parts = []
+    derivative's. tenfold: see `FACTORS`."""
+    parts: list[Part] = []
     for stretch in stretches(works(program, precision)):
         costs = [_cost(work, rates[layer_precision(work.layer, precision).name]) for work in stretch]
         ddr = sum(us for cost in costs for term, us in cost.items() if term in DDR)
@@ -88,7 +93,9 @@ def times(program: Program, precision: Precision, rates: Mapping[str, Rates]) ->
             us = sum(groups.values())
             bound = max(groups, key=lambda group: groups[group]) if us > 0 else "fused"
             parts.append(Part(work.layer, us, bound, work.weight_bytes, work.moved_bytes))
-    return parts
+    total = sum(part.us for part in parts)
+    longer = (total / TYPICAL_US) ** math.log10(tenfold) if total else 1.0
+    return [replace(part, us=longer * part.us) for part in parts]
 
 
 def _cost(work: Work, rates: Rates) -> dict[str, float]:
