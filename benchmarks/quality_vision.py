@@ -125,7 +125,7 @@ def measure(name: str, method: str, precision: str, draw: int, exact: np.ndarray
     """One row."""
     model = load(name)
     task = TASKS[name](model)
-    recipe = read_recipe(model, None, precision, [f"calibration.samples={SAMPLES[name]}", *METHODS[method]])
+    recipe = read_recipe(model, model.recipe, precision, [f"calibration.samples={SAMPLES[name]}", *METHODS[method]])
     data = task.calibration(draw, recipe.calibration.samples)
     start = time.perf_counter()
     integer = quantize(model, recipe, load_target(TARGET), data)
