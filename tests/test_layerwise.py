@@ -173,6 +173,25 @@ def test_columns_in_strides_are_the_columns_one_by_one(monkeypatch):
     assert whole.shape == (3, 2, 5, 12)
 
 
+def test_after_sweeps_no_column_has_a_better_value_beside_the_others():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 12, 8)) @ rng.normal(size=(8, 8))
+    moment, wanted, scale = x.swapaxes(1, 2) @ x, rng.normal(size=(2, 5, 8)), np.full((2, 5, 1), 0.2)
+
+    def error(codes: np.ndarray) -> np.ndarray:
+        away = codes * scale - wanted
+        return np.einsum("kpd,kde,kpe->kp", away, moment, away)
+
+    codes = column_codes(wanted[None], scale[None], factored(moment), 7)[0].astype(float)
+    for _ in range(10):
+        before, codes = error(codes), gptaq.swept(codes, scale, wanted, moment, 7)
+        assert (error(codes) <= before + 1e-9).all()
+    for j in range(8):
+        for step in (-1, 1):
+            moved = codes + step * (np.arange(8) == j)
+            assert ((error(moved) >= error(codes) - 1e-9) | (np.abs(moved).max(2) > 7)).all()
+
+
 def clamped(layer: Layer, weight: np.ndarray, shift: np.ndarray) -> float:
     """Squared error of a layer's output behind its clamp."""
     assert layer.clamp is not None
