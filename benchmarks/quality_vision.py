@@ -34,6 +34,7 @@ PRECISIONS = {"mobilenetv2": ("w8a8", "w8a16", "w4a8"), "minilm": ("w8a8",)}
 SAMPLES = {"mobilenetv2": 100, "minilm": 256}
 BATCH = 32
 
+ROTATE = "compress=[{method: rotate}]"
 DEPTHWISE = "overrides=[{match: '*.dw*', precision: w8a8}, {match: 'stem*', precision: w8a8}]"
 
 #: Method -> recipe lines. All weights have the precision's bits, but where the name says otherwise.
@@ -48,8 +49,15 @@ METHODS = {
     "gptaq, 200 photographs": ["weights=gptaq", "calibration.samples=200"],
     "gptaq, 8 views of 200 photographs": ["weights=gptaq", "calibration.samples=200", "calibration.views=8"],
     "gptaq, depthwise and stem at 8 bits": ["weights=gptaq", DEPTHWISE],
-    "rotate + gptaq": ["compress=[{method: rotate}]", "weights=gptaq"],
-    "rotate + gptaq, depthwise and stem at 8 bits": ["compress=[{method: rotate}]", "weights=gptaq", DEPTHWISE],
+    "rotate + gptaq": [ROTATE, "weights=gptaq"],
+    "rotate + gptaq, 200 photographs": [ROTATE, "weights=gptaq", "calibration.samples=200"],
+    "rotate + gptaq, depthwise and stem at 8 bits": [ROTATE, "weights=gptaq", DEPTHWISE],
+    "rotate + gptaq, depthwise and stem at 8 bits, 200 photographs": [
+        ROTATE,
+        "weights=gptaq",
+        DEPTHWISE,
+        "calibration.samples=200",
+    ],
 }
 #: What makes a row the same row.
 KEY = ("model", "method", "precision", "task", "protocol", "stress", "draw")
