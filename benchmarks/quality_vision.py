@@ -59,6 +59,9 @@ METHODS = {
         "calibration.samples=200",
     ],
 }
+#: Images that may be lost (less those gained) on the mean of the draws: precision -> method, images.
+BARS = {"w8a8": ("rtn + bias correction", 5), "w8a16": ("rtn + bias correction", 2), "w4a8": ("rotate + gptaq", 30)}
+
 #: What makes a row the same row.
 KEY = ("model", "method", "precision", "task", "protocol", "stress", "draw")
 
@@ -188,10 +191,25 @@ def page(rows: list[dict[str, Any]]) -> str:
         "All weights have the precision's bits unless the method says otherwise. What is lost less what is gained has",
         "a standard error of about the root of their sum: 9 images at w4a8.",
         "",
+        *bars(rows),
+        "",
         f"| {' | '.join(columns)} |",
         "|" + "---|" * len(columns),
     ]
     return "\n".join([*lines, *(f"| {' | '.join(str(row.get(c, '')) for c in columns)} |" for row in rows)]) + "\n"
+
+
+def bars(rows: list[dict[str, Any]]) -> list[str]:
+    """A table: images lost less gained, by draw."""
+    lines = ["| mobilenetv2 | method | bar | images lost, by draw | mean | met |", "|---|---|---|---|---|---|"]
+    for precision, (method, most) in BARS.items():
+        row_of = ("mobilenetv2", precision, method)
+        same = [row for row in rows if (row["model"], row["precision"], row["method"]) == row_of]
+        lost = [row["lost"] - row["gained"] for row in same]
+        mean = f"{np.mean(lost):.1f} ± {np.std(lost, ddof=1) / len(lost) ** 0.5:.1f}" if len(lost) > 1 else "-"
+        met = "yes" if len(lost) > 2 and np.mean(lost) <= most else "**no**"
+        lines.append(f"| {precision} | {method} | {most} | {', '.join(map(str, lost))} | {mean} | {met} |")
+    return lines
 
 
 def main() -> None:
