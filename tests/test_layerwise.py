@@ -240,3 +240,19 @@ def test_samples_that_join_late_read_what_they_would_have_read_from_the_start(mo
     assert late[0].exact.shape[1] < first[0].exact.shape[1]
     np.testing.assert_array_equal(late[-1].exact, first[-1].exact)
     np.testing.assert_array_equal(late[-1].rounded, first[-1].rounded)
+
+
+def test_the_bias_of_a_channel_without_weights_stays_a_number_that_hexagon_keeps() -> None:
+    net = nn.Sequential(nn.Conv2d(8, 16, 1), nn.ReLU6()).eval()
+    net[0].weight.data[3], net[0].bias.data[3] = 0, 2.3
+    graph = optimize(from_module(net, (torch.zeros(1, 8, 4, 4),), "net").graph)
+    (name,) = graph.inputs
+    feeds = {name: np.random.default_rng(0).normal(size=(8, 8, 4, 4)).astype(np.float32)}
+    data = from_arrays("images", feeds, graph)
+    recipe = Recipe.model_validate({"precision": "w4a8"})
+    integer = quantize(Model("net", Imported(graph), Path()), recipe, TARGET, data)
+    (layer,) = (node for node in integer.nodes if node.op == "conv2d")
+    bias = integer.values[layer.inputs[2]].data
+    assert bias is not None and np.abs(bias).max() <= 2**24
+    real = dequantize_outputs(integer, simulate(integer, quantize_feeds(integer, feeds)))[integer.outputs[0]]
+    np.testing.assert_allclose(real[:, 3], 2.3, atol=0.02)

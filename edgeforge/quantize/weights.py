@@ -40,8 +40,9 @@ def channel_scales(data: np.ndarray, top: int, method: str) -> np.ndarray:
 
 
 def least_scale(bias: np.ndarray, input_scale: float) -> np.ndarray:
-    """The weight scale per channel below which the bias would need more than 2**30 steps of s_x * s_w."""
-    return np.abs(bias.astype(np.float64)) / (2.0**30 * input_scale)
+    """The weight scale per channel below which the bias would need more than 2**24 steps of s_x * s_w. Hexagon loses
+    the bias of a 4-bit channel without weights that takes 2**30."""
+    return np.abs(bias.astype(np.float64)) / (2.0**24 * input_scale)
 
 
 def _block_scales(name: str, data: np.ndarray, dtype: str, block: int) -> np.ndarray:
