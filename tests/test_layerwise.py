@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from edgeforge.backends.ort_qnn import BACKEND
 from edgeforge.data import Dataset, from_arrays
 from edgeforge.frontend import Imported
 from edgeforge.frontend.torch import from_module
@@ -242,17 +243,32 @@ def test_samples_that_join_late_read_what_they_would_have_read_from_the_start(mo
     np.testing.assert_array_equal(late[-1].rounded, first[-1].rounded)
 
 
-def test_the_bias_of_a_channel_without_weights_stays_a_number_that_hexagon_keeps() -> None:
-    net = nn.Sequential(nn.Conv2d(8, 16, 1), nn.ReLU6()).eval()
+@pytest.fixture
+def one_channel_without_weights() -> tuple[Graph, dict[str, np.ndarray]]:
+    """A layer at w4a8 whose channel 3 is a bias of 2.3 alone, and codes for its input."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(96, 576, 1), nn.ReLU6()).eval()
     net[0].weight.data[3], net[0].bias.data[3] = 0, 2.3
-    graph = optimize(from_module(net, (torch.zeros(1, 8, 4, 4),), "net").graph)
+    graph = optimize(from_module(net, (torch.zeros(1, 96, 4, 4),), "net").graph)
     (name,) = graph.inputs
-    feeds = {name: np.random.default_rng(0).normal(size=(8, 8, 4, 4)).astype(np.float32)}
-    data = from_arrays("images", feeds, graph)
+    feeds = {name: np.random.default_rng(0).normal(size=(8, 96, 4, 4)).astype(np.float32)}
     recipe = Recipe.model_validate({"precision": "w4a8"})
-    integer = quantize(Model("net", Imported(graph), Path()), recipe, TARGET, data)
+    integer = quantize(Model("net", Imported(graph), Path()), recipe, TARGET, from_arrays("images", feeds, graph))
+    return integer, quantize_feeds(integer, feeds)
+
+
+def test_the_bias_of_a_channel_without_weights_stays_a_number_that_hexagon_keeps(one_channel_without_weights) -> None:
+    integer, codes = one_channel_without_weights
     (layer,) = (node for node in integer.nodes if node.op == "conv2d")
     bias = integer.values[layer.inputs[2]].data
     assert bias is not None and np.abs(bias).max() <= 2**24
-    real = dequantize_outputs(integer, simulate(integer, quantize_feeds(integer, feeds)))[integer.outputs[0]]
+    real = dequantize_outputs(integer, simulate(integer, codes))[integer.outputs[0]]
     np.testing.assert_allclose(real[:, 3], 2.3, atol=0.02)
+
+
+@pytest.mark.skipif(bool(BACKEND.cannot_run()), reason=BACKEND.cannot_run() or "")
+def test_hexagon_keeps_the_bias_of_a_channel_without_weights(one_channel_without_weights, tmp_path) -> None:
+    integer, codes = one_channel_without_weights
+    BACKEND.compile(integer, TARGET, tmp_path)
+    found = BACKEND.run(tmp_path, integer, TARGET, codes)
+    np.testing.assert_array_equal(found[integer.outputs[0]], simulate(integer, codes)[integer.outputs[0]])
