@@ -67,7 +67,7 @@ ABLATION = {
     "block-wise with ranges": [ALL, f"train={{{BLOCKS}}}"],
     "end to end": [ALL, END_TO_END],
 }
-MOBILEQUANT = "end to end, 600 steps of 8"
+LONGER, MOBILEQUANT = "end to end, 600 steps of 8", "end to end, 600 steps of 8, rates of 0.01 and 0.03"
 #: The recipes that are chosen: for 16-bit activations, for 8-bit ones, and where the model is too small for either.
 WIDE, NARROW = "rotate + smooth + gptq", "rotate + smooth + widen + gptq, mse"
 WIDE_MSE = f"{WIDE}, mse"
@@ -83,7 +83,11 @@ METHODS = {
         *(PREFIX, MSE, "calibration.samples=512", f"compress=[{SMOOTH}, {ROTATE}, {SMOOTH}]", WIDEN),
         "train={steps: 600, batch: 8, weight_rate: 0.01, patience: 20}",
     ],
-    MOBILEQUANT: [ALL, "calibration.samples=512", "train={steps: 600, batch: 8, patience: 20}"],
+    LONGER: [ALL, "calibration.samples=512", "train={steps: 600, batch: 8, patience: 20}"],
+    MOBILEQUANT: [
+        *(ALL, "calibration.samples=512"),
+        "train={steps: 600, batch: 8, patience: 20, scale_rate: 0.01, clip_rate: 0.03}",
+    ],
     "end to end + gptq, mse": [PREFIX, MSE, f"compress=[{SMOOTH}]", END_TO_END, GPTQ],
     **ABLATION,
 }
