@@ -196,7 +196,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         "Widths and ranges are those of `models/<model>/recipe.yaml`: all 8 bits for MobileNetV2, 16 bits for the",
         "residual stream and attention of the encoder.",
         "All weights have the precision's bits unless the method says otherwise. What is lost less what is gained has",
-        "a standard error of about the root of their sum: 9 images at w4a8. Rows of gptaq without a rotation are older",
+        "a standard error of about the root of their sum: 9 images at w4a8. Rows of `gptaq, ...` are older",
         "than its sweeps over columns (4 to 9 % less error of a layer). `models/mobilenetv2/recipe-w4a8.yaml` is",
         "rotate + gptaq, 200 photographs, draw 0.",
         "",
