@@ -272,3 +272,19 @@ def test_hexagon_keeps_the_bias_of_a_channel_without_weights(one_channel_without
     BACKEND.compile(integer, TARGET, tmp_path)
     found = BACKEND.run(tmp_path, integer, TARGET, codes)
     np.testing.assert_array_equal(found[integer.outputs[0]], simulate(integer, codes)[integer.outputs[0]])
+
+
+def test_a_bias_beside_16_bit_inputs_costs_weights_no_precision() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(8, 16, 1), nn.ReLU6()).eval()
+    net[0].weight.data *= 0.1
+    net[0].bias.data[:] = 2.3
+    graph = optimize(from_module(net, (torch.zeros(1, 8, 4, 4),), "net").graph)
+    (name,) = graph.inputs
+    feeds = {name: np.random.default_rng(0).normal(size=(8, 8, 4, 4)).astype(np.float32)}
+    recipe = Recipe.model_validate({"precision": "w8a16"})
+    integer = quantize(Model("net", Imported(graph), Path()), recipe, TARGET, from_arrays("images", feeds, graph))
+    (layer,) = (node for node in integer.nodes if node.op == "conv2d")
+    q = integer.type(layer.inputs[1]).q
+    assert q is not None
+    np.testing.assert_allclose(q.scale, np.abs(net[0].weight.detach().numpy()).max((1, 2, 3)) / 127, rtol=1e-5)

@@ -90,9 +90,7 @@ class _Converter:
         return made.name
 
     def least_scale(self, node: Node, x: str) -> np.ndarray | float:
-        q = self.values[x].type.q
-        assert q is not None
-        return least_scale(self.data(node.inputs[2]), float(q.scale)) if len(node.inputs) == 3 else 0.0
+        return least_scale(self.data(node.inputs[2]), self.values[x].type) if len(node.inputs) == 3 else 0.0
 
     def bias(self, name: str, before: list[str]) -> Value:
         x, w = (self.values[b].type.q for b in before[:2])

@@ -171,8 +171,8 @@ def first_encoding(
     least: np.ndarray | float = 0.0
     if len(node.inputs) == 3:
         bias, kind = graph.values[node.inputs[2]].data, plan.reads.get((node.output, 0), plan.types[node.inputs[0]])
-        assert bias is not None and kind.q is not None
-        least = least_scale(bias, float(kind.q.scale))
+        assert bias is not None
+        least = least_scale(bias, kind)
     block = precision.block if node.op == "linear" else None
     return quantize_weight(node.inputs[1], data, precision.weights, block, scales, least).type, least
 

@@ -39,10 +39,12 @@ def channel_scales(data: np.ndarray, top: int, method: str) -> np.ndarray:
     return best
 
 
-def least_scale(bias: np.ndarray, input_scale: float) -> np.ndarray:
-    """The weight scale per channel below which the bias would need more than 2**24 steps of s_x * s_w. Hexagon loses
-    the bias of a 4-bit channel without weights that takes 2**30."""
-    return np.abs(bias.astype(np.float64)) / (2.0**24 * input_scale)
+def least_scale(bias: np.ndarray, x: TensorType) -> np.ndarray:
+    """The weight scale per channel below which the bias would need more steps of s_x * s_w than int32 has room for:
+    2**30 beside 16-bit inputs. Beside 8-bit ones 2**24 cost no layer precision, and Hexagon loses the bias of a 4-bit
+    channel without weights that takes 2**30."""
+    assert x.q is not None
+    return np.abs(bias.astype(np.float64)) / (2.0 ** (24 if x.dtype == "u8" else 30) * float(x.q.scale))
 
 
 def _block_scales(name: str, data: np.ndarray, dtype: str, block: int) -> np.ndarray:
