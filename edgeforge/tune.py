@@ -78,7 +78,7 @@ class Tuned:
     findings: tuple[Finding, ...]
     promoted: tuple[Move, ...]
     unit: str
-    reached: bool
+    missed: str | None
 
 
 def tune(
@@ -93,7 +93,7 @@ def tune(
     say: Callable[[str], None] = lambda line: None,
 ) -> Tuned:
     """The recipe with the cheapest promotions that keep the drop on ``data`` within ``max_drop`` (a share) and the cost
-    within the budgets. Where that cannot be had, ``reached`` is False and the recipe is the best within the budgets.
+    within the budgets. Where that cannot be had, ``missed`` says why, and the recipe is the best within the budgets.
 
     Raises InvalidInput on a budget in milliseconds for a target without a latency model."""
     if budget_ms is not None and target.latency is None:
@@ -115,19 +115,19 @@ def tune(
         within_ms = budget_ms is None or score.cost <= budget_ms
         return within_ms and (budget_mb is None or score.megabytes <= budget_mb)
 
-    chosen, reached = _shortest(trial, useful, max_drop, affordable, say)
-    if reached:
-        chosen = _pruned(trial, chosen, max_drop, say)
+    chosen, missed = [], None
+    if not affordable(before):
+        missed = f"{recipe.precision} is above the budget before any promotion -> --precision with fewer bits"
+    elif before.drop > max_drop + NOISE:
+        chosen, reached = _shortest(trial, useful, max_drop, affordable, say)
+        if reached:
+            chosen = _pruned(trial, chosen, max_drop, affordable, say)
+        else:
+            best = trial.score(chosen).drop
+            within = "" if (budget_ms, budget_mb) == (None, None) else " within the budget"
+            missed = f"drop {best:.2%} stays above {max_drop:.2%}{within}"
     after = trial.score(chosen)
-    return Tuned(
-        trial.recipe_with(chosen),
-        before,
-        after,
-        tuple(findings),
-        tuple(chosen),
-        trial.unit,
-        reached and affordable(after),
-    )
+    return Tuned(trial.recipe_with(chosen), before, after, tuple(findings), tuple(chosen), trial.unit, missed)
 
 
 def _shortest(
@@ -145,8 +145,8 @@ def _shortest(
         return not affordable(trial.score(moves[:count]))
 
     most = _first(too_dear, len(moves)) - 1 if too_dear(len(moves)) else len(moves)
-    if most < 0 or not enough(most):
-        return moves[: max(most, 0)], False
+    if not enough(most):
+        return moves[:most], False
     return moves[: _first(enough, most)], True
 
 
@@ -162,14 +162,18 @@ def _first(holds: Callable[[int], bool], top: int) -> int:
     return top
 
 
-def _pruned(trial: _Trial, moves: list[Move], max_drop: float, say: Callable[[str], None]) -> list[Move]:
-    """Take back promotions, the least useful first and in ever smaller groups, while the drop stays allowed."""
+def _pruned(
+    trial: _Trial, moves: list[Move], max_drop: float, affordable: Callable[[Score], bool], say: Callable[[str], None]
+) -> list[Move]:
+    """Take back promotions, the least useful first and in ever smaller groups, while the drop and the cost stay
+    allowed (a value at 8 bits between two at 16 can cost more than one at 16)."""
     kept, size = list(moves), max(len(moves) // 2, 1)
     while size:
         end = len(kept)
         while end > 0:
             fewer = kept[: max(end - size, 0)] + kept[end:]
-            if trial.score(fewer).drop <= max_drop + NOISE:
+            score = trial.score(fewer)
+            if score.drop <= max_drop + NOISE and affordable(score):
                 kept = fewer
             end -= size
         size //= 2
@@ -323,7 +327,7 @@ def document(tuned: Tuned) -> dict[str, Any]:
     ]  # fmt: skip
     recipe = tuned.recipe.model_dump(mode="json", exclude_unset=True)
     scores = {"before": asdict(tuned.before), "after": asdict(tuned.after), "cost_unit": tuned.unit}
-    return {"reached": tuned.reached, **scores, "recipe": recipe, "findings": findings}
+    return {"reached": tuned.missed is None, "missed": tuned.missed, **scores, "recipe": recipe, "findings": findings}
 
 
 def _peaks(finding: Finding) -> str:

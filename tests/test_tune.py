@@ -39,16 +39,19 @@ class Outlier(torch.nn.Module):
         return self.third(torch.relu(self.second(torch.relu(self.first(x)))))
 
 
-def tuned(target: str = "snapdragon-8-gen-3", **budget: float) -> Tuned:
+def tuned(
+    target: str = "snapdragon-8-gen-3", max_drop: float = 0.005, said: list[str] | None = None, **budget: float
+) -> Tuned:
     graph = optimize(from_module(Outlier().eval(), (torch.zeros(1, 16),), "outlier").graph)
     x = np.random.default_rng(0).normal(size=(64, 16)).astype(np.float32)
     data = from_arrays("noise", {graph.inputs[0]: x}, graph)
-    return tune(graph, Recipe(), load_target(target), data, data, max_drop=0.005, **budget)
+    say = (said if said is not None else []).append
+    return tune(graph, Recipe(), load_target(target), data, data, max_drop, say=say, **budget)
 
 
 def test_only_what_reads_the_outlier_is_promoted() -> None:
     found = tuned()
-    assert found.reached
+    assert found.missed is None
     assert found.before.drop > 0.01 > 0.005 >= found.after.drop
     assert [(move.node, move.what) for move in found.promoted] == [("relu_1", "w8a16")]
     worst = max((f for f in found.findings if f.input_peak is not None), key=lambda f: f.input_peak or 0)
@@ -62,10 +65,28 @@ def test_promotions_of_one_layer_add_up() -> None:
     assert _both(Precision("w4a16-b64"), Precision("w4a16-b32")) == "w4a16-b32"
 
 
+def test_a_start_that_keeps_to_the_drop_is_left_alone() -> None:
+    said: list[str] = []
+    found = tuned(max_drop=0.05, said=said)
+    assert found.missed is None and found.after == found.before
+    assert len(said) == 1 and found.findings
+
+
 def test_a_budget_that_allows_no_promotion_is_kept() -> None:
+    found = tuned(budget_ms=tuned().before.cost)
+    assert found.missed == f"drop {found.before.drop:.2%} stays above 0.50% within the budget"
+    assert (found.promoted, found.after) == ((), found.before)
+
+
+def test_a_start_above_the_budget_says_what_to_do() -> None:
     found = tuned(budget_ms=1e-9)
-    assert (found.reached, found.promoted) == (False, ())
-    assert found.after == found.before
+    assert found.missed == "w8a8 is above the budget before any promotion -> --precision with fewer bits"
+    assert (found.promoted, found.after) == ((), found.before)
+
+
+def test_no_budget_is_named_where_none_is_given() -> None:
+    found = tuned(max_drop=1e-6)
+    assert found.missed == f"drop {found.after.drop:.2%} stays above 0.00%"
 
 
 def test_milliseconds_need_a_latency_model() -> None:
@@ -94,5 +115,5 @@ def test_the_recipe_is_written_with_its_trail(
     assert recipe.read_text().startswith("# Tuned from w4a8")
     assert Recipe.model_validate(yaml.safe_load(recipe.read_text())).overrides
     assert run(monkeypatch, *words[:-1], "--budget-mb", 1e-6) == 1
-    assert "within the budget" in capsys.readouterr().err
+    assert "above the budget" in capsys.readouterr().err
     assert run(monkeypatch, *words[:-1], "--max-drop", "little") == 2
