@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -185,8 +186,9 @@ def writing(out: Path) -> Iterator[Path]:
 
     An existing bundle is replaced; any other existing path is refused with InvalidInput."""
     writable(out)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    folder = out.parent / f".{out.name}.{secrets.token_hex(8)}"
     try:
+        folder.mkdir(0o700)
         yield folder
         put(folder, out)
     finally:

@@ -1,13 +1,15 @@
-"""Arrays of a bundle: read as they were written, without being copied into memory."""
+"""The folder of a bundle, which an interrupt takes away; its arrays: read as they were written, without being copied
+into memory."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from edgeforge.bundle import load_arrays, save_arrays
+from edgeforge.bundle import load_arrays, save_arrays, writing
 from edgeforge.errors import InvalidInput
 
 ARRAYS = {
@@ -17,6 +19,19 @@ ARRAYS = {
     "ids": np.arange(5),
     "none": np.zeros((0, 3), np.int32),
 }
+
+
+def test_an_interrupt_while_the_folder_is_made_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = os.mkdir
+
+    def interrupted(path: Path, mode: int = 0o777) -> None:
+        make(path, mode)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "mkdir", interrupted)
+    with pytest.raises(KeyboardInterrupt), writing(tmp_path / "out"):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_arrays_come_back_as_they_were(tmp_path: Path) -> None:
