@@ -93,7 +93,8 @@ def tune(
     say: Callable[[str], None] = lambda line: None,
 ) -> Tuned:
     """The recipe with the cheapest promotions that keep the drop on ``data`` within ``max_drop`` (a share) and the cost
-    within the budgets. Where that cannot be had, ``missed`` says why, and the recipe is the best within the budgets.
+    within the budgets. Where that cannot be had, ``missed`` says why, and the recipe is the best within the budgets, or
+    ``recipe`` as it is where that is above them.
 
     Raises InvalidInput on a budget in milliseconds for a target without a latency model."""
     if budget_ms is not None and target.latency is None:

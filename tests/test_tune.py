@@ -18,7 +18,7 @@ from edgeforge.frontend.torch import from_module
 from edgeforge.passes import optimize
 from edgeforge.recipe import Precision, Recipe
 from edgeforge.target import load_target
-from edgeforge.tune import Tuned, _both, trail, tune
+from edgeforge.tune import Move, Score, Tuned, _both, _pruned, trail, tune
 
 
 class Outlier(torch.nn.Module):
@@ -87,6 +87,18 @@ def test_a_start_above_the_budget_says_what_to_do() -> None:
 def test_no_budget_is_named_where_none_is_given() -> None:
     found = tuned(max_drop=1e-6)
     assert found.missed == f"drop {found.after.drop:.2%} stays above 0.00%"
+
+
+def test_taking_promotions_back_stays_within_the_budget() -> None:
+    class Trial:
+        """No promotion is needed for the drop, but each makes a requantize node needless."""
+
+        def score(self, moves: list[Move]) -> Score:
+            return Score(loss=0, drop=0, cost=3.0 - len(moves), megabytes=1)
+
+    moves = [Move(name, "add", "result at 16 bits", ()) for name in "ab"]
+    for most, kept in ((1.0, moves), (2.0, moves[:1]), (3.0, [])):
+        assert _pruned(Trial(), moves, 0.01, lambda score, most=most: score.cost <= most, print) == kept  # type: ignore[arg-type]
 
 
 def test_milliseconds_need_a_latency_model() -> None:
